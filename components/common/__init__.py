@@ -1,0 +1,1 @@
+"""What two or more stages need; no stage's own work lives here."""

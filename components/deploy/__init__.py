@@ -1,0 +1,1 @@
+"""deploy: model → rolled-out service, or the former one put back."""

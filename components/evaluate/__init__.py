@@ -1,0 +1,1 @@
+"""evaluate: model + held-out rows → metrics, report, decision."""

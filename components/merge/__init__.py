@@ -1,0 +1,1 @@
+"""merge: base model + adapter → merged model, proven equal to what was trained."""

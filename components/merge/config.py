@@ -1,0 +1,33 @@
+"""Settings of the merge step; the one place where their defaults are written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import AliasChoices, Field
+
+from components.common.settings import StepSettings
+
+
+class MergeSettings(StepSettings):
+    """Base model + LoRA adapter → merged model in a usual folder, stored by its digest, with `merge_info.json`."""
+
+    base_model: str = Field(
+        "", description="base model: hub id, folder, s3:// address, or package:gemma3-270m; empty: the one the adapter was trained on"
+    )
+    adapter: Path = Field(
+        Path("qwen-medical-qa-lora"), validation_alias=AliasChoices("adapter", "lora_model"), description="adapter folder that train wrote"
+    )
+    output: Path | None = Field(None, description="also write the merged model to this folder")
+    storage_uri: str = Field(
+        "",
+        description="storage root (file:///… or s3://bucket/prefix); the model goes to models/<digest>/ under it; empty: only --output is written",
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where to merge; auto: cuda when there is one")
+    precision: Literal["bf16", "fp16", "fp32"] = Field(
+        "bf16", description="precision of the merged weights; the merge itself is done in fp32"
+    )
+    compare: bool = Field(False, description="print the sizes of adapter, base and merged model as a table")
+    merge_info: Path = Field(Path("merge_info.json"), description="output file: what was merged and how well it agrees with the adapter")
+    metrics: Path = Field(Path("merge_metrics.json"), description="output file of the metrics")

@@ -1,0 +1,1 @@
+"""serve: the /ask service that deploy rolls out."""

@@ -1,0 +1,1 @@
+"""train: data set + base model → LoRA adapter and its curves."""

@@ -1,0 +1,154 @@
+"""The pipeline: prepare → train → merge → evaluate → deploy, and a report whatever happens.
+
+Read `medical_qa` as the picture in the README. Run as a program, this file is the command line: `python pipeline.py --help`.
+
+Every value is a run-time parameter, so one compiled file serves every cluster; every default is written once, in the `config.py` of
+the step that uses it; every parameter is passed explicitly, because an omitted one fails on a KFP 2.17.0 backend.
+"""
+
+from kfp import dsl, kubernetes
+
+from components.deploy.component import deploy
+from components.deploy.config import DeploySettings
+from components.evaluate.component import evaluate
+from components.evaluate.config import EvaluateSettings
+from components.merge.component import merge
+from components.prepare.component import prepare
+from components.prepare.config import PrepareSettings
+from components.report.component import report
+from components.train.component import train
+from components.train.config import TrainSettings
+
+STORAGE_KEYS = {
+    "AWS_ACCESS_KEY_ID": "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY": "AWS_SECRET_ACCESS_KEY",
+    "AWS_ENDPOINT_URL": "AWS_ENDPOINT_URL",
+}
+
+
+@dsl.pipeline(name="medical-qa", description="Fine-tune a medical question-answering model and put it into service")
+def medical_qa(
+    # data
+    data_path: str = PrepareSettings.default("data_path"),
+    data_digest: str = PrepareSettings.default("data_digest"),
+    question_column: str = PrepareSettings.default("question_column"),
+    answer_column: str = PrepareSettings.default("answer_column"),
+    validation_fraction: float = PrepareSettings.default("validation_fraction"),
+    test_fraction: float = PrepareSettings.default("test_fraction"),
+    # training
+    base_model: str = TrainSettings.default("base_model"),
+    epochs: float = TrainSettings.default("epochs"),
+    learning_rate: float = TrainSettings.default("learning_rate"),
+    batch_size: int = TrainSettings.default("batch_size"),
+    gradient_accumulation_steps: int = TrainSettings.default("gradient_accumulation_steps"),
+    max_length: int = TrainSettings.default("max_length"),
+    warmup_steps: int = TrainSettings.default("warmup_steps"),
+    lora_r: int = TrainSettings.default("lora_r"),
+    lora_alpha: int = TrainSettings.default("lora_alpha"),
+    lora_dropout: float = TrainSettings.default("lora_dropout"),
+    load_in_4bit: bool = TrainSettings.default("load_in_4bit"),
+    gradient_checkpointing: bool = TrainSettings.default("gradient_checkpointing"),
+    precision: str = TrainSettings.default("precision"),
+    seed: int = TrainSettings.default("seed"),
+    # evaluation and the gate
+    sample_size: int = EvaluateSettings.default("sample_size"),
+    max_new_tokens: int = EvaluateSettings.default("max_new_tokens"),
+    bertscore_model: str = EvaluateSettings.default("bertscore_model"),
+    tolerance: float = EvaluateSettings.default("tolerance"),
+    # service
+    deploy_target: str = DeploySettings.default("deploy_target"),
+    service_name: str = DeploySettings.default("service_name"),
+    service_host: str = DeploySettings.default("service_host"),
+    service_port: int = DeploySettings.default("service_port"),
+    state_dir: str = str(DeploySettings.default("state_dir")),
+    # where it runs
+    image: str = "medical-qa:dev",
+    light_image: str = "medical-qa-light:dev",
+    storage_uri: str = "s3://medical-qa",
+    storage_secret: str = "medical-qa-storage",
+    cpu: str = "4",
+    memory: str = "32Gi",
+    accelerator_type: str = "nvidia.com/gpu",
+    accelerator_count: str = "1",
+    tolerations: list = [],  # noqa: B006 - KFP reads it as a constant
+    node_selector: dict = {},  # noqa: B006
+    run_record: str = "",
+):
+    def light(task: dsl.PipelineTask) -> dsl.PipelineTask:
+        """A step without a model: the small image."""
+        task.set_container_image(light_image)
+        kubernetes.use_secret_as_env(task, storage_secret, STORAGE_KEYS, optional=True)
+        return task
+
+    def heavy(task: dsl.PipelineTask) -> dsl.PipelineTask:
+        """A step that runs the model: the large image, and the accelerator."""
+        task.set_container_image(image).set_cpu_limit(cpu).set_memory_limit(memory)
+        task.set_accelerator_type(accelerator_type).set_accelerator_limit(accelerator_count)
+        kubernetes.add_toleration_json(task, tolerations)
+        kubernetes.add_node_selector_json(task, node_selector)
+        kubernetes.use_secret_as_env(task, storage_secret, STORAGE_KEYS, optional=True)
+        return task
+
+    reporting = light(report(run_record=run_record)).set_caching_options(enable_caching=False)
+    with dsl.ExitHandler(reporting, name="pipeline"):
+        prepared = light(
+            prepare(
+                data_path=data_path,
+                data_digest=data_digest,
+                question_column=question_column,
+                answer_column=answer_column,
+                validation_fraction=validation_fraction,
+                test_fraction=test_fraction,
+            )
+        )
+        trained = heavy(
+            train(
+                dataset=prepared.outputs["dataset"],
+                base_model=base_model,
+                epochs=epochs,
+                learning_rate=learning_rate,
+                batch_size=batch_size,
+                gradient_accumulation_steps=gradient_accumulation_steps,
+                max_length=max_length,
+                warmup_steps=warmup_steps,
+                lora_r=lora_r,
+                lora_alpha=lora_alpha,
+                lora_dropout=lora_dropout,
+                load_in_4bit=load_in_4bit,
+                gradient_checkpointing=gradient_checkpointing,
+                precision=precision,
+                seed=seed,
+            )
+        )
+        merged = heavy(merge(adapter=trained.outputs["adapter"], base_model=base_model, storage_uri=storage_uri))
+        evaluated = heavy(
+            evaluate(
+                dataset=prepared.outputs["dataset"],
+                model_uri=merged.outputs["model_uri"],
+                base_model=base_model,
+                sample_size=sample_size,
+                max_new_tokens=max_new_tokens,
+                bertscore_model=bertscore_model,
+                tolerance=tolerance,
+                seed=seed,
+            )
+        )
+        with dsl.If(evaluated.outputs["decision"] == "promote", name="promoted"):
+            deployed = light(
+                deploy(
+                    model_uri=merged.outputs["model_uri"],
+                    deploy_target=deploy_target,
+                    service_name=service_name,
+                    service_host=service_host,
+                    service_port=service_port,
+                    service_image=image,
+                    state_dir=state_dir,
+                )
+            )
+            deployed.set_caching_options(enable_caching=False)
+
+
+if __name__ == "__main__":
+    from orchestration.cli import main
+
+    main()
