@@ -55,7 +55,7 @@ class ExecutorInput:
         try:
             message = json.loads(arguments[at + 1])
             executor_input = cls(message)
-        except (IndexError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             raise UserError(f"{FLAG} needs KFP's executor input as JSON", where=f"{type(error).__name__}: {error}") from None
         del arguments[at : at + 2]
         return executor_input

@@ -6,7 +6,7 @@ Every sentence that a person reads exists in English and Chinese: pass `both(en,
 from __future__ import annotations
 
 import html
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 _STYLE = """
 :root{--ink:#1c2733;--soft:#5b6b7b;--line:#dfe5ea;--paper:#fff;--ground:#f5f7f9;--accent:#0b6e6e;--good:#1a7f4b;--bad:#b3261e;--warn:#9a6700}
@@ -61,7 +61,7 @@ class Html(str):
     """A string that is HTML already."""
 
 
-def line_chart(series: dict[str, Sequence[tuple[float, float]]], *, x_label: str, y_label: str) -> str:
+def line_chart(series: Mapping[str, Sequence[tuple[float, float]]], *, x_label: str, y_label: str) -> str:
     """A line chart as inline SVG; `series` maps a name to its (x, y) points. At most four series."""
     points = [point for line in series.values() for point in line]
     if not points:

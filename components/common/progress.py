@@ -41,6 +41,8 @@ class Meter:
             self._bar.update(self._task, advance=units, note=note)
             return
         now = time.monotonic()
+        if units == 0:
+            return
         if now - self._last_line >= LINE_EVERY_S or self.done >= self.total or self.done == units:
             self._last_line = now
             print(f"{self.label}: {self.done}/{self.total}, {self._time_left(now)}{', ' + note if note else ''}", flush=True)

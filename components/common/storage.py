@@ -116,9 +116,9 @@ def store_model(folder: Path, storage_uri: str, facts: dict[str, Any] | None = N
                 write_json(scratch / MANIFEST, manifest.to_json())
         return f"file://{target.local}", manifest
     if not target.exists(MANIFEST):
-        with progress(f"upload to {target.uri}", manifest.size_bytes >> 20) as meter, ThreadPoolExecutor(PARALLEL_FILES) as pool:
+        with progress(f"upload to {target.uri}, MiB", manifest.size_bytes >> 20) as meter, ThreadPoolExecutor(PARALLEL_FILES) as pool:
             for size in pool.map(lambda name: target.upload(folder / name, name), manifest.files):
-                meter.advance(size >> 20, "MiB")
+                meter.advance(size >> 20)
         target.write_text(MANIFEST, json.dumps(manifest.to_json(), ensure_ascii=False))
     return target.uri, manifest
 
@@ -141,12 +141,26 @@ def fetch_model(model_uri: str, cache_dir: Path) -> tuple[Path, Manifest]:
     if not (target / MANIFEST).exists():
         partial = target.with_name(f"{manifest.digest}.partial")
         partial.mkdir(parents=True, exist_ok=True)
-        with progress(f"download from {source.uri}", manifest.size_bytes >> 20) as meter, ThreadPoolExecutor(PARALLEL_FILES) as pool:
+        with progress(f"download from {source.uri}, MiB", manifest.size_bytes >> 20) as meter, ThreadPoolExecutor(PARALLEL_FILES) as pool:
             for size in pool.map(lambda name: source.download(name, partial / name, manifest.files[name]), manifest.files):
-                meter.advance(size >> 20, "MiB")
+                meter.advance(size >> 20)
         write_json(partial / MANIFEST, manifest.to_json())
         os.replace(partial, target)
     return target, verify(target)
+
+
+def download_file(uri: str, path: Path) -> None:
+    """Fetch one object, such as `s3://bucket/folder/rows.jsonl`, into a local file.
+
+    Raises:
+        StorageError: storage is down, or nothing is there.
+    """
+    scheme, _, rest = uri.partition("://")
+    folder, _, name = rest.rpartition("/")
+    if not folder or not name:
+        raise StorageError("this address names no file in a bucket", where=uri, fix="give s3://bucket/path/to/file")
+    nothing_to_compare = (-1, "")
+    _Location.parse(f"{scheme}://{folder}").download(name, path, nothing_to_compare)
 
 
 class _Location:
