@@ -84,6 +84,8 @@ def medical_qa(
         """A step that runs the model: the large image, and the accelerator."""
         task.set_container_image(image).set_cpu_limit(cpu).set_memory_limit(memory)
         task.set_accelerator_type(accelerator_type).set_accelerator_limit(accelerator_count)
+        # The setters above don't tell KFP 2.17's compiler that the task reads these: inside an ExitHandler they would be missing.
+        task.register_pipeline_channels([cpu, memory, accelerator_type, accelerator_count])
         kubernetes.add_toleration_json(task, tolerations)
         kubernetes.add_node_selector_json(task, node_selector)
         kubernetes.use_secret_as_env(task, storage_secret, STORAGE_KEYS, optional=True)

@@ -7,6 +7,7 @@ same name on every machine, and another content never has it, so a pipeline that
 from __future__ import annotations
 
 import argparse
+import re
 import subprocess
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -26,6 +27,7 @@ PARAMETERS = {"light": "light_image", "full": "image"}
 DIGEST_CHARS = 16
 VERSION_LABEL = "org.opencontainers.image.version"
 TRANSFER_LINE_EVERY_S = 5.0
+COLOUR = re.compile(r"\x1b\[[0-9;]*m")  # the engine marks what a command writes to stderr
 
 
 @dataclass(frozen=True)
@@ -79,8 +81,10 @@ def build_images(
         context: the project's folder.
 
     Raises:
-        ServiceError: no Docker Engine, or it can't build.
+        UserError: the tag is not one. ServiceError: no Docker Engine, or it can't build.
     """
+    if not re.fullmatch(r"\w[\w.-]{0,127}", tag, re.ASCII):
+        raise UserError("this can't be an image's tag", where=f"--tag {tag}", fix="use letters, digits, '.', '_' and '-'")
     arguments = {"BASE_IMAGE": base_image, **(build_args or {})}
     digest = content_digest(arguments, context)
     labels = {"VERSION": digest, "REVISION": _revision(context)}
@@ -91,7 +95,9 @@ def build_images(
         name = f"{repository}:{digest}"
         print(f"building {name} on {base_image}", flush=True)
         started = time.monotonic()
-        with _explained(DOCKERFILE, "read the lines above; for another base image or package index see `pipeline.py images build --help`"):
+        with _explained(
+            "the build", DOCKERFILE, "read the lines above; for another base image or package index see `pipeline.py images build --help`"
+        ):
             _follow(
                 client.api.build(
                     path=str(context),
@@ -141,7 +147,7 @@ def push_images(repository: str, tag: str = "dev", targets: Sequence[str] = ("li
             ) from None
         version = image.labels.get(VERSION_LABEL, tag)
         print(f"pushing {remote}:{version}", flush=True)
-        with _explained(f"{remote}:{version}", "check the repository's name and the network, and log in: docker login"):
+        with _explained("the push", f"{remote}:{version}", "check the repository's name and the network, and log in: docker login"):
             image.tag(remote, version)
             facts = _follow(client.api.push(remote, tag=version, stream=True, decode=True))
         parameters[PARAMETERS[target]] = f"{remote}@{facts['Digest']}"
@@ -160,7 +166,7 @@ def _revision(context: Path) -> str:
 
 
 @contextmanager
-def _explained(where: str, fix: str) -> Iterator[None]:
+def _explained(doing: str, where: str, fix: str) -> Iterator[None]:
     """Turn what the Docker SDK raises into an error that a user can mend."""
     from docker.errors import APIError, DockerException
     from requests.exceptions import RequestException
@@ -168,9 +174,9 @@ def _explained(where: str, fix: str) -> Iterator[None]:
     try:
         yield
     except APIError as error:
-        raise ServiceError(f"the Docker Engine refuses: {error.explanation or error}", where=where, fix=fix) from None
+        raise ServiceError(f"{doing} failed: {error.explanation or error}", where=where, fix=fix) from None
     except (DockerException, RequestException) as error:
-        raise ServiceError(f"the Docker Engine fails: {error}", where=where, fix=fix) from None
+        raise ServiceError(f"{doing} failed: {error}", where=where, fix=fix) from None
 
 
 def _follow(events: Iterable[dict[str, Any]]) -> dict[str, Any]:
@@ -188,7 +194,7 @@ def _follow(events: Iterable[dict[str, Any]]) -> dict[str, Any]:
         if "error" in event:
             raise DockerException(event["error"].strip())
         facts |= event.get("aux") or {}
-        print(event.get("stream", ""), end="", flush=True)
+        print(COLOUR.sub("", event.get("stream", "")), end="", flush=True)
         transfer = event.get("progressDetail") or {}
         if {"current", "total"} <= transfer.keys():
             layers[event["id"]] = (transfer["current"], transfer["total"])

@@ -18,7 +18,13 @@ DOCKER_SOCKET = Path("/var/run/docker.sock")
 PROJECT = Path(__file__).resolve().parent.parent
 TERMINATE_WAIT_S = 15
 # Idle OpenMP threads that spin make training on a busy machine several times slower; a log line shall appear when it is written.
-STEP_ENVIRONMENT = {"OMP_WAIT_POLICY": "passive", "PYTHONUNBUFFERED": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+STEP_ENVIRONMENT = {
+    "OMP_WAIT_POLICY": "passive",
+    "PYTHONUNBUFFERED": "1",
+    "PYTHONWARNINGS": "ignore::FutureWarning",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+}
 OnLine = Callable[[str], None]
 
 

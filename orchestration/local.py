@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import importlib.metadata
 import json
+import logging
 import os
 import re
 import sys
@@ -112,21 +113,28 @@ class LocalRun:
             name: {*spec.input_definitions.parameters, *spec.input_definitions.artifacts} for name, spec in self.spec.components.items()
         }
 
-        def cache(cache_root: str) -> ExplainedCache:
-            return ExplainedCache(
-                cache_root, record=self.record, code_of=self.code_of, replay=self.replay, only=self.only, say=say, declared=declared
-            )
+        cache = ExplainedCache(
+            str(self.runs_dir / ".cache"),
+            record=self.record,
+            code_of=self.code_of,
+            replay=self.replay,
+            only=self.only,
+            say=say,
+            declared=declared,
+        )
+        use_cache = self.use_cache or self.replay is not None
 
         with contextlib.ExitStack() as stack:
             stack.enter_context(warnings.catch_warnings())
             warnings.simplefilter("ignore")
             for target, name, ours in (
                 (docker_task_handler, "DockerTaskHandler", Handler),
-                (kfp_cache, "LocalCache", cache),
+                (kfp_cache, "get_local_cache", lambda: cache if use_cache else None),
                 (executor_input_utils, "get_local_pipeline_resource_name", lambda _: self.record.id),
                 (logging_utils, "local_logger_context", contextlib.nullcontext),
                 (logging_utils, "indented_print", contextlib.nullcontext),
                 (logging_utils, "print_horizontal_line", lambda: None),
+                (logging.getLogger(), "disabled", True),  # what kfp.local logs, the record and our lines say already
             ):
                 stack.enter_context(_replaced(target, name, ours))
             kfp_local.init(
@@ -134,8 +142,6 @@ class LocalRun:
                 pipeline_root=str(self.runs_dir),
                 workspace_root=str(self.record.folder / "workspace"),
                 raise_on_error=False,
-                enable_caching=self.use_cache or self.replay is not None,
-                cache_root=str(self.runs_dir / ".cache"),
             )
             yield
 
@@ -168,7 +174,9 @@ class LocalRun:
         seconds = round(time.time() - started, 2)
         facts: dict[str, Any] = {"ended": time.time(), "seconds": seconds, "exit_code": code}
         if code == 0 and output_file.is_file():
-            self.record.update(step, state="succeeded", outputs=_read_outputs(output_file), **facts)
+            outputs = _read_outputs(output_file)
+            _name_pages(outputs)
+            self.record.update(step, state="succeeded", outputs=outputs, **facts)
             say(step, f"done in {seconds:.1f} s")
             return True
         reason = _last_error(log) if code else "it ended without writing its outputs"
@@ -248,6 +256,16 @@ def _read_outputs(output_file: Path) -> dict[str, Any]:
             for name, artifact in artifacts.items()
         },
     }
+
+
+def _name_pages(outputs: dict[str, Any]) -> None:
+    """Give each HTML artifact a second name that ends in .html: a browser shows a file without it as text."""
+    for artifact in outputs["artifacts"].values():
+        path = Path(artifact["uri"])
+        if artifact["type"] == "system.HTML" and path.is_file():
+            named = path.with_name(f"{path.name}.html")
+            named.unlink(missing_ok=True)
+            named.symlink_to(path.name)
 
 
 def _last_error(log: Path) -> str:

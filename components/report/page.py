@@ -77,7 +77,10 @@ def _verdict(decision: str, results: dict[str, Any]) -> str:
         if decision == "promote"
         else both("held: the former service keeps serving", "未通过：原服务继续工作")
     )
-    reasons = "".join(f"<li>{both(reason['en'], reason['zh'])}</li>" for reason in results.get("reasons", []))
+    reasons = "".join(
+        f'<li class="{"" if reason["passed"] else "bad"}">{both(reason["english"], reason["chinese"])}</li>'
+        for reason in results.get("reasons", [])
+    )
     return card(both("The gate", "质量门"), f'<p class="{"good" if decision == "promote" else "warn"}"><b>{text}</b></p><ul>{reasons}</ul>')
 
 
@@ -100,7 +103,8 @@ def _steps_table(steps: dict[str, dict[str, Any]], run_dir: Path, page_dir: Path
         if facts.get("log"):
             links.append(_link(run_dir / facts["log"], page_dir, "log"))
         for artifact, described in facts.get("outputs", {}).get("artifacts", {}).items():
-            links.append(_link(Path(described["uri"]), page_dir, artifact))
+            shown = Path(described["uri"] + ".html")  # what a browser shows as a page, where there is one
+            links.append(_link(shown if shown.exists() else Path(described["uri"]), page_dir, artifact))
         english, chinese = STATE_NAMES[facts["state"]]
         why = facts.get("reason") or (f"run {facts['source_run']}" if facts.get("source_run") else "")
         seconds = f"{facts['seconds']:.1f} s" if facts.get("seconds") else ""
@@ -121,14 +125,19 @@ def _metrics(steps: dict[str, dict[str, Any]]) -> str:
 def _loss_curve(steps: dict[str, dict[str, Any]]) -> str:
     uri = steps["train"].get("outputs", {}).get("artifacts", {}).get("adapter", {}).get("uri")
     info = _read(Path(uri) / "train_info.json") if uri else {}
-    history = info.get("history", {})
-    series = {name: [(float(x), float(y)) for x, y in points] for name, points in history.items() if points}
-    return card(both("Loss", "损失"), line_chart(series, x_label="optimizer step 优化步", y_label="NLL / token")) if series else ""
+    epochs, base = info.get("epochs", []), info.get("metrics", {}).get("validation_loss_base")
+    if not epochs or base is None:
+        return ""
+    series = {
+        "training 训练": [(epoch["step"], epoch["train_loss"]) for epoch in epochs],
+        "validation 验证": [(0, base), *((epoch["step"], epoch["validation_loss"]) for epoch in epochs)],
+    }
+    return card(both("Loss", "损失"), line_chart(series, x_label="optimizer step 优化步", y_label="NLL / token"))
 
 
 def _examples(results: dict[str, Any]) -> str:
     rows = [
-        (row["question"], row["reference"], row.get("base_answer", ""), row["tuned_answer"])
+        (row["question"], row["reference"], (row["base"] or {}).get("answer", ""), row["tuned"]["answer"])
         for row in results.get("rows", [])[:MAX_EXAMPLES]
     ]
     if not rows:

@@ -159,3 +159,14 @@ def test_every_pipeline_parameter_is_used(spec: dict[str, Any], text: str) -> No
 def test_the_docstring_of_the_pipeline_is_short_enough_to_read() -> None:
     source = Path(medical_qa.pipeline_func.__code__.co_filename).read_text(encoding="utf-8")
     assert len(source.splitlines()) <= 180
+
+
+def test_a_nested_graph_gets_every_channel_its_tasks_read(spec: dict[str, Any]) -> None:
+    """KFP 2.17's compiler forgets the channels of resource limits inside an ExitHandler; the run would fail at that task."""
+    for name, component in spec["components"].items():
+        inputs = component.get("inputDefinitions", {})
+        known = set(inputs.get("parameters", {})) | set(inputs.get("artifacts", {}))
+        for task_name, task in component.get("dag", {}).get("tasks", {}).items():
+            for source in [*task["inputs"].get("parameters", {}).values(), *task["inputs"].get("artifacts", {}).values()]:
+                wanted = source.get("componentInputParameter") or source.get("componentInputArtifact")
+                assert wanted is None or wanted in known, f"{task_name} in {name} reads {wanted}"
