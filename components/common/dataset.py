@@ -77,7 +77,9 @@ def load_split(dataset: Path, split: str) -> Dataset:
             raise DataError(f"the {split} split can't be read: {error}", where=str(path), fix="run the prepare step again") from None
         missing = set(Row.__annotations__) - set(rows.column_names)
         if missing:
-            raise DataError(f"the {split} split has no column {', '.join(sorted(missing))}", where=str(path), fix="run the prepare step again")
+            raise DataError(
+                f"the {split} split has no column {', '.join(sorted(missing))}", where=str(path), fix="run the prepare step again"
+            )
     if len(rows) == 0:
         raise DataError(f"the {split} split has no row", where=str(dataset), fix="give more data, or a larger share to this split")
     return rows
@@ -102,14 +104,18 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
                     where=f"{path}, line {number}",
                     fix=f"convert the file: iconv -f GB18030 -t UTF-8 {path.name} > utf8.jsonl",
                 ) from None
-            except ValueError as error:
-                raise DataError(f"not JSON: {error}", where=f"{path}, line {number}", fix="one JSON object a line; mend or delete the line") from None
+            except (ValueError, RecursionError) as error:
+                raise DataError(
+                    f"not JSON: {error}", where=f"{path}, line {number}", fix="one JSON object a line; mend or delete the line"
+                ) from None
 
 
 def _plain_rows(path: Path) -> Iterator[Row]:
     for line, value in read_jsonl(path):
         if not isinstance(value, dict) or not all(isinstance(value.get(key), str) and value[key].strip() for key in ("question", "answer")):
             raise DataError(
-                "a row needs a question and an answer, both text", where=f"{path}, line {line}", fix="mend the row, or let the prepare step map your columns"
+                "a row needs a question and an answer, both text",
+                where=f"{path}, line {line}",
+                fix="mend the row, or let the prepare step map your columns",
             )
         yield Row(question=value["question"], answer=value["answer"], history=value.get("history") or [], line=line)
