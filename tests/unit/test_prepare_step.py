@@ -7,7 +7,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,8 +14,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import obstore
 import pyarrow as pa
 import pytest
+from obstore.store import S3Store
 from pyarrow import parquet
 
 from components.common.dataset import SPLITS, load_split, read_info
@@ -318,37 +319,19 @@ def test_the_data_may_lie_behind_a_file_address(tmp_path: Path) -> None:
     assert read_info(tmp_path / "dataset")["source"]["path"] == f"file://{SHIPPED}"
 
 
-@pytest.fixture(scope="module")
-def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[str, str]]]:
-    """A real S3 server: its bucket's folder, and the environment to reach it."""
-    data = tmp_path_factory.mktemp("s3")
-    (data / "bucket").mkdir()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
-    rclone = Path(sys.executable).with_name("rclone")
-    server = subprocess.Popen(
-        [str(rclone), "--config", "/dev/null", "serve", "s3", "--addr", address, "--auth-key", "key,secret", str(data)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    yield data / "bucket", {"AWS_ENDPOINT_URL": f"http://{address}", "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"}
-    server.terminate()
-    server.wait(10)
-
-
-def test_the_data_may_lie_in_a_bucket(tmp_path: Path, s3: tuple[Path, dict[str, str]]) -> None:
-    bucket, environment = s3
-    (bucket / "数据 1").mkdir()
-    (bucket / "数据 1" / "rows.jsonl").write_bytes(SHIPPED.read_bytes())
+def test_the_data_may_lie_in_a_bucket(tmp_path: Path, s3_server: tuple[Path, dict[str, str]]) -> None:
+    _, environment = s3_server
+    keys = {name.removeprefix("AWS_").lower(): value for name, value in environment.items()}
+    bucket = S3Store("bucket", endpoint=keys.pop("endpoint_url"), client_options={"allow_http": True}, **keys)
+    obstore.put(bucket, "数据 1/rows.jsonl", SHIPPED.read_bytes())
     done = command(flags(tmp_path, "s3://bucket/数据 1/rows.jsonl", "--data_digest", sha256_file(SHIPPED)), **environment)
     assert done.returncode == 0, done.stderr
     assert read_info(tmp_path / "dataset")["source"]["path"] == "s3://bucket/数据 1/rows.jsonl"
 
 
 @pytest.mark.parametrize("address", ["s3://bucket/none.jsonl", "s3://bucket", "gs://bucket/rows.jsonl"])
-def test_data_that_is_not_in_the_bucket_is_refused(tmp_path: Path, s3: tuple[Path, dict[str, str]], address: str) -> None:
-    assert_refused(command(flags(tmp_path, address), **s3[1]), tmp_path, address.rpartition("/")[0])
+def test_data_that_is_not_in_the_bucket_is_refused(tmp_path: Path, s3_server: tuple[Path, dict[str, str]], address: str) -> None:
+    assert_refused(command(flags(tmp_path, address), **s3_server[1]), tmp_path, address.rpartition("/")[0])
 
 
 def test_a_storage_that_is_down_is_said(tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ def record_of(tmp_path: Path, **states: str) -> RunRecord:
 
 @pytest.mark.parametrize("state", STATES)
 def test_every_state_of_every_step_has_a_page(tmp_path: Path, state: str) -> None:
-    record = record_of(tmp_path, **{step: state for step in STEPS})
+    record = record_of(tmp_path, **dict.fromkeys(STEPS, state))
     text = render_run(record.facts, record.folder, record.folder)
     check_html(text)
     assert "&lt;b&gt;&amp;" in text and "<b>&" not in text
@@ -65,12 +65,21 @@ def test_a_run_with_everything(tmp_path: Path) -> None:
     info = {"epochs": [{"step": 2, "train_loss": 3.0, "validation_loss": 2.5}], "metrics": {"validation_loss_base": 4.0}}
     (adapter / "train_info.json").write_text(json.dumps(info))
     answers = {"tuned": {"answer": "微调回答 <script>"}, "base": {"answer": "基座回答"}}
-    results = {"reasons": [{"rule": "nll", "passed": True, "english": "Better.", "chinese": "更好。"}], "rows": [{"question": "问", "reference": "答", **answers}]}
+    results = {
+        "reasons": [{"rule": "nll", "passed": True, "english": "Better.", "chinese": "更好。"}],
+        "rows": [{"question": "问", "reference": "答", **answers}],
+    }
     (record.folder / "results").write_text(json.dumps(results))
     (record.folder / "report").write_text("<html>")
     (record.folder / "report.html").symlink_to("report")
     artifact = {"type": "system.Artifact", "metadata": {}}
-    record.update("train", state="succeeded", seconds=3.2, log="logs/train.log", outputs={"parameters": {}, "artifacts": {"adapter": artifact | {"uri": str(adapter)}}})
+    record.update(
+        "train",
+        state="succeeded",
+        seconds=3.2,
+        log="logs/train.log",
+        outputs={"parameters": {}, "artifacts": {"adapter": artifact | {"uri": str(adapter)}}},
+    )
     evaluated = {"results": artifact | {"uri": str(record.folder / "results")}, "report": artifact | {"uri": str(record.folder / "report")}}
     evaluated["metrics"] = {"type": "system.Metrics", "uri": "/x", "metadata": {"tuned_nll": 1.25}}
     record.update("evaluate", state="cached", source_run="r0", outputs={"parameters": {"decision": "promote"}, "artifacts": evaluated})
@@ -78,7 +87,16 @@ def test_a_run_with_everything(tmp_path: Path) -> None:
     record.update("deploy", state="succeeded", outputs={"parameters": {}, "artifacts": {"rollout": rollout}})
     text = render_run(record.facts, record.folder, record.folder)
     parser = check_html(text)
-    for part in ("polyline", "更好。", "微调回答 &lt;script&gt;", "基座回答", "1.25", "curl -s http://127.0.0.1:8000/ask", "run r0", "promote"):
+    for part in (
+        "polyline",
+        "更好。",
+        "微调回答 &lt;script&gt;",
+        "基座回答",
+        "1.25",
+        "curl -s http://127.0.0.1:8000/ask",
+        "run r0",
+        "promote",
+    ):
         assert part in text, part
     assert {"logs/train.log", "results", "report.html", "adapter"} <= set(parser.links)
 
@@ -96,7 +114,12 @@ def test_broken_files_of_a_failed_step_do_not_break_the_page(tmp_path: Path, con
 
 
 def test_on_a_cluster_the_final_status_is_shown() -> None:
-    status: dict[str, Any] = {"state": "FAILED", "pipelineJobResourceName": "medical-qa-x", "pipelineTaskName": "pipeline", "error": {"message": "task <train> failed"}}
+    status: dict[str, Any] = {
+        "state": "FAILED",
+        "pipelineJobResourceName": "medical-qa-x",
+        "pipelineTaskName": "pipeline",
+        "error": {"message": "task <train> failed"},
+    }
     text = render_status(status)
     check_html(text)
     assert "FAILED" in text and "medical-qa-x" in text and "task &lt;train&gt; failed" in text

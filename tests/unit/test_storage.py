@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import socket
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import obstore
@@ -30,34 +25,12 @@ def model(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A real S3 server over a folder; the AWS variables of this process point to it. Gives the bucket's folder."""
-    data = tmp_path_factory.mktemp("s3")
-    (data / "bucket").mkdir()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    rclone = Path(sys.executable).with_name("rclone")
-    server = subprocess.Popen(
-        [str(rclone), "--config", "/dev/null", "serve", "s3", "--addr", f"127.0.0.1:{port}", "--auth-key", "key,secret", str(data)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    for _ in range(100):
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                break
-        time.sleep(0.1)
-    old = dict(os.environ)
-    os.environ.update(
-        AWS_ENDPOINT_URL=f"http://127.0.0.1:{port}", AWS_ACCESS_KEY_ID="key", AWS_SECRET_ACCESS_KEY="secret", AWS_REGION="us-east-1"
-    )
-    yield data / "bucket"
-    os.environ.clear()
-    os.environ.update(old)
-    server.send_signal(signal.SIGTERM)
-    server.wait(10)
+@pytest.fixture
+def s3(s3_server: tuple[Path, dict[str, str]], monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The bucket's folder; this process's variables lead to the server."""
+    for name, value in s3_server[1].items():
+        monkeypatch.setenv(name, value)
+    return s3_server[0]
 
 
 def test_the_address_is_the_content(model: Path, tmp_path: Path) -> None:
