@@ -126,6 +126,7 @@ def _parameters(_: argparse.Namespace) -> None:
 
 def _run(arguments: argparse.Namespace) -> int:
     from orchestration.compiling import compiled_spec, parameter_defaults
+    from orchestration.launch import require_images
     from orchestration.local import LocalRun
 
     spec = compiled_spec()
@@ -134,6 +135,8 @@ def _run(arguments: argparse.Namespace) -> int:
     given = _given_parameters(arguments, defaults)
     parameters = defaults | _local_defaults(runs_dir, arguments.runner, defaults) | given
     parameters = _with_local_inputs(parameters, arguments.runner)
+    if arguments.runner == "docker":
+        require_images([parameters["image"], parameters["light_image"]])
     record = _start_record(runs_dir, arguments.runner, parameters)
     return _finish(record, LocalRun(spec, record, runner=arguments.runner, use_cache=not arguments.no_cache))
 

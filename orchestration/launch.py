@@ -81,6 +81,24 @@ def docker_client() -> Any:
     return client
 
 
+def require_images(images: list[str]) -> None:
+    """Fail before a run starts, rather than in its third step.
+
+    Raises:
+        ServiceError: no Docker Engine, or no such image.
+    """
+    from docker.errors import ImageNotFound
+
+    client = docker_client()
+    try:
+        for image in images:
+            client.images.get(image)
+    except ImageNotFound:
+        raise ServiceError(f"the Docker Engine has no image {image}", fix="build it: python pipeline.py images build") from None
+    finally:
+        client.close()
+
+
 def as_container(
     image: str, command: list[str], on_line: OnLine, *, environment: dict[str, str], mounts: dict[str, str], docker_access: bool
 ) -> int:
@@ -96,22 +114,17 @@ def as_container(
         docker_access: also give the step the Docker socket, to roll out a service.
 
     Raises:
-        ServiceError: no Docker Engine, or no such image.
+        ServiceError: no Docker Engine.
     """
-    from docker.errors import ImageNotFound
-
     client = docker_client()
     volumes = {path: {"bind": path, "mode": mode} for path, mode in mounts.items()}
     groups: list[str | int] = [0]
     if docker_access:
         volumes[str(DOCKER_SOCKET)] = {"bind": str(DOCKER_SOCKET), "mode": "rw"}
         groups.append(DOCKER_SOCKET.stat().st_gid)
-    try:
-        container = client.containers.create(
-            image, command, environment=environment, volumes=volumes, user=f"{os.getuid()}:{os.getgid()}", group_add=groups
-        )
-    except ImageNotFound:
-        raise ServiceError(f"the Docker Engine has no image {image}", fix="build it: python pipeline.py images build") from None
+    container = client.containers.create(
+        image, command, environment=environment, volumes=volumes, user=f"{os.getuid()}:{os.getgid()}", group_add=groups
+    )
     try:
         container.start()
         pending = b""

@@ -321,7 +321,7 @@ def test_the_data_may_lie_behind_a_file_address(tmp_path: Path) -> None:
 
 def test_the_data_may_lie_in_a_bucket(tmp_path: Path, s3_server: tuple[Path, dict[str, str]]) -> None:
     _, environment = s3_server
-    keys = {name.removeprefix("AWS_").lower(): value for name, value in environment.items()}
+    keys: Any = {name.removeprefix("AWS_").lower(): value for name, value in environment.items()}
     bucket = S3Store("bucket", endpoint=keys.pop("endpoint_url"), client_options={"allow_http": True}, **keys)
     obstore.put(bucket, "数据 1/rows.jsonl", SHIPPED.read_bytes())
     done = command(flags(tmp_path, "s3://bucket/数据 1/rows.jsonl", "--data_digest", sha256_file(SHIPPED)), **environment)
