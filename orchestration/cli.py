@@ -230,8 +230,18 @@ def _finish(record: RunRecord, run: Any) -> int:
     finally:
         _write_page(record)
     _print_steps(record)
-    print(f"\nrun {record.id} {outcome} after {time.monotonic() - started:.0f} s; page: {record.folder / 'index.html'}")
+    print(f"\nrun {record.id} {outcome} after {time.monotonic() - started:.0f} s")
+    _print_what_next(record)
     return 0 if outcome == "succeeded" else 1
+
+
+def _print_what_next(record: RunRecord) -> None:
+    url = record.step("deploy").get("outputs", {}).get("artifacts", {}).get("rollout", {}).get("metadata", {}).get("url")
+    if url:
+        print(f"""  ask:  curl -s {url}/ask -H 'Content-Type: application/json' -d '{{"question": "什么是高血压？"}}'""")
+    print(f"  page: {record.folder / 'index.html'}")
+    if url:
+        print("  stop: make stop, or python pipeline.py stop")
 
 
 def _write_page(record: RunRecord) -> None:

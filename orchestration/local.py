@@ -1,8 +1,8 @@
 """Local runs: kfp.local walks the compiled graph; only the way a command is started is ours.
 
-kfp.local has two bugs (2.17.0) that this module cures. Its Docker handler reports a container that ended before it was asked as a
-success; and it loses the artifacts of container components unless the step writes its executor output. So here a step has succeeded
-only if its command ended with 0 *and* its executor output lies there.
+kfp.local has three bugs (2.17.0) that this module cures. Its Docker handler reports a container that ended before it was asked as a
+success; it loses the artifacts of container components unless the step writes its executor output; and its `dsl.If` finds no output
+that is not called `Output`. So here a step has succeeded only if its command ended with 0 *and* its executor output lies there.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import Any
 from kfp import local as kfp_local
 from kfp.local import cache as kfp_cache
 from kfp.local import docker_task_handler, executor_input_utils, logging_utils, pipeline_orchestrator, status
+from kfp.local.orchestrator.enhanced_dag_orchestrator import ConditionEvaluator
 from kfp.pipeline_spec import pipeline_spec_pb2
 
 from components.common.contract import FLAG, local_path
@@ -134,6 +135,7 @@ class LocalRun:
                 (logging_utils, "local_logger_context", contextlib.nullcontext),
                 (logging_utils, "indented_print", contextlib.nullcontext),
                 (logging_utils, "print_horizontal_line", lambda: None),
+                (ConditionEvaluator, "_resolve_pipeline_channel", staticmethod(_channel_value)),
                 (logging.getLogger(), "disabled", True),  # what kfp.local logs, the record and our lines say already
             ):
                 stack.enter_context(_replaced(target, name, ours))
@@ -210,10 +212,20 @@ class LocalRun:
         return str(images[0].id) if images else name
 
 
+def _channel_value(channel: str, io_store: Any) -> Any:
+    """The value behind a channel in a condition: `pipelinechannel--<task>-<output>`, or an input of the graph."""
+    name = channel.removeprefix("pipelinechannel--")
+    parts = name.split("-")
+    for at in range(1, len(parts)):
+        with contextlib.suppress(ValueError, KeyError):
+            return io_store.get_task_output("-".join(parts[:at]), "-".join(parts[at:]))
+    return io_store.get_parent_input(channel)
+
+
 @contextlib.contextmanager
 def _replaced(target: Any, name: str, ours: Any) -> Iterator[None]:
     """`target.name` is ours while the block lasts."""
-    theirs = getattr(target, name)
+    theirs = target.__dict__[name]
     setattr(target, name, ours)
     try:
         yield

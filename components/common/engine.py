@@ -104,11 +104,12 @@ class Engine:
             max_new_tokens: longest answer.
 
         Raises:
-            ModelError: the folder can't be loaded, or misses weights. ServiceError: the memory is too small for the cache.
+            ModelError: the folder can't be loaded, misses weights, or its weights are broken. ServiceError: the memory is too small for the cache.
         """
         compute = choose_compute(precision)
         print(compute.reason, flush=True)
         model, tokenizer = _load_model(folder, compute.device, compute.dtype)
+        _check_scores(model, chat, folder)
         context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
         if max_prompt_tokens + max_new_tokens > context:
             max_prompt_tokens = int(context) - max_new_tokens
@@ -328,6 +329,16 @@ class Engine:
             self._end(name, ServiceError(what, fix="restart the service"))
 
 
+def _check_scores(model: Any, chat: ChatFormat, folder: Path) -> None:
+    """Refuse weights that are NaN or too large: they load without a word, and every answer is the token 0."""
+    import torch
+
+    with torch.inference_mode():
+        scores = model(torch.tensor([[chat.end_of_turn_id, chat.pad_id]], device=model.device)).logits
+    if not torch.isfinite(scores).all():
+        raise ModelError("the model's weights are broken: its scores are not finite", where=str(folder), fix="merge or train it again")
+
+
 def _return_memory(device: Any) -> None:
     """Give freed memory back to the system: a service that reloads for months must not grow."""
     gc.collect()
@@ -345,6 +356,8 @@ def _load_model(folder: Path, device: Any, dtype: Any) -> tuple[Any, Any]:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    if not [*folder.glob("tokenizer.*"), *folder.glob("vocab.*")]:  # the library would go on with an empty vocabulary
+        raise ModelError("the model folder has no tokenizer", where=str(folder), fix="fetch or merge the model again")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         loaded: Any = AutoModelForCausalLM.from_pretrained(

@@ -19,8 +19,8 @@ class EvaluateSettings(StepSettings):
         description="merged model: folder, file:// or s3:// address",
     )
     base_model: str = Field("", description="base model to compare with; empty: no comparison, so the decision is hold")
-    dataset: str = Field(
-        "dataset",
+    dataset: Path = Field(
+        Path("dataset"),
         validation_alias=AliasChoices("dataset", "data_path"),
         description="data set folder that prepare wrote (its test split is used), or a .jsonl file with question and answer",
     )

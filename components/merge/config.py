@@ -9,6 +9,8 @@ from pydantic import AliasChoices, Field
 
 from components.common.settings import StepSettings
 
+DEFAULT_OUTPUT = Path("qwen-medical-qa-merged")
+
 
 class MergeSettings(StepSettings):
     """Base model + LoRA adapter → merged model in a usual folder, stored by its digest, with `merge_info.json`."""
@@ -19,10 +21,12 @@ class MergeSettings(StepSettings):
     adapter: Path = Field(
         Path("qwen-medical-qa-lora"), validation_alias=AliasChoices("adapter", "lora_model"), description="adapter folder that train wrote"
     )
-    output: Path | None = Field(None, description="also write the merged model to this folder")
+    output: Path | None = Field(
+        None, description=f"folder to write the merged model to; ./{DEFAULT_OUTPUT} when there is no storage_uri either"
+    )
     storage_uri: str = Field(
         "",
-        description="storage root (file:///… or s3://bucket/prefix); the model goes to models/<digest>/ under it; empty: only --output is written",
+        description="storage root (file:///… or s3://bucket/prefix) to store the merged model in, at models/<digest>/; empty: output only",
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where to merge; auto: cuda when there is one")
     precision: Literal["bf16", "fp16", "fp32"] = Field(
@@ -31,3 +35,8 @@ class MergeSettings(StepSettings):
     compare: bool = Field(False, description="print the sizes of adapter, base and merged model as a table")
     merge_info: Path = Field(Path("merge_info.json"), description="output file: what was merged and how well it agrees with the adapter")
     metrics: Path = Field(Path("merge_metrics.json"), description="output file of the metrics")
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder to keep the merged model in; None when it is only stored."""
+        return self.output or (None if self.storage_uri else DEFAULT_OUTPUT)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import AliasChoices, Field
+from pydantic import AliasChoices, Field, model_validator
 
 from components.common.chat import DEFAULT_SYSTEM_PROMPT
 from components.common.settings import StepSettings
@@ -30,7 +30,9 @@ class TrainSettings(StepSettings):
     system_prompt: str = Field(DEFAULT_SYSTEM_PROMPT, description="system turn of every conversation; stored with the adapter")
     max_length: int = Field(1024, ge=16, description="longest row, tokens; longer rows are dropped and counted, never cut")
     batch_size: int = Field(4, ge=1, description="rows in a micro-batch")
-    gradient_accumulation_steps: int = Field(4, ge=1, description="micro-batches in an optimizer step")
+    gradient_accumulation_steps: int = Field(
+        4, ge=1, description="micro-batches in an optimizer step; fewer where an epoch would have less than 8 steps"
+    )
     epochs: float = Field(3, gt=0, description="passes over the training split")
     learning_rate: float = Field(2e-4, gt=0, description="peak learning rate")
     warmup_steps: int = Field(10, ge=0, description="optimizer steps of linear warm-up; at most a tenth of all steps is used")
@@ -47,3 +49,15 @@ class TrainSettings(StepSettings):
     bf16: bool = Field(False, description="same as --precision bf16")
     fp16: bool = Field(False, description="same as --precision fp16")
     seed: int = Field(42, description="seed of the initial weights, the dropout and the row order")
+
+    @property
+    def asked_precision(self) -> Literal["auto", "bf16", "fp16", "fp32"]:
+        """The precision that `precision`, `bf16` and `fp16` ask for together."""
+        return "bf16" if self.bf16 else "fp16" if self.fp16 else self.precision
+
+    @model_validator(mode="after")
+    def _one_precision(self) -> Self:
+        asked = {name for name, on in (("bf16", self.bf16), ("fp16", self.fp16), (self.precision, self.precision != "auto")) if on}
+        if len(asked) > 1:
+            raise ValueError(f"precision is asked for twice: {', '.join(sorted(asked))}")
+        return self

@@ -1,0 +1,69 @@
+"""The evaluate step: parse, load, do, write, report."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from components.common.errors import UserError, run_command
+from components.common.files import write_atomically, write_json
+from components.evaluate.config import EvaluateSettings
+
+
+def main(argv: list[str] | None = None) -> int | None:
+    """Evaluate a model; a model that is held is a result like another, so the exit code is 0."""
+    settings, outputs = EvaluateSettings.parse("python -m components.evaluate", argv)
+    _check_writable(settings.results, settings.report, settings.metrics)
+
+    from components.evaluate.report import report_page
+    from components.evaluate.results import flat_metrics
+    from components.evaluate.run import evaluate, load_inputs
+
+    inputs = load_inputs(settings)
+    results = evaluate(settings, inputs)
+
+    numbers = flat_metrics(results)
+    write_atomically(settings.report, report_page(results))
+    write_json(settings.metrics, numbers)
+    write_json(settings.results, results)  # last: with it, everything is there
+    digests = {"model_digest": results["model"]["digest"], "base_digest": (results["base"] or {}).get("digest", "")}
+    digests |= {"chat_digest": results["model"]["chat_digest"], "data_digest": results["data"]["digest"]}
+    outputs.write(
+        parameters={"decision": results["decision"]},
+        metadata={"metrics": numbers, "results": {"decision": results["decision"], **digests}},
+    )
+    _print_summary(results, settings)
+    return None
+
+
+def _check_writable(*paths: Path) -> None:
+    """Find out before the work, not after it, that an output can't be written."""
+    for path in paths:
+        if path.is_dir():
+            raise UserError("an output file is asked for where a folder is", where=str(path), fix="choose another file name")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+
+
+def _print_summary(results: dict[str, Any], settings: EvaluateSettings) -> None:
+    interval = f"{settings.confidence:.0%} interval"
+    print(f"\n{'metric':<18}{'base':>10}{'tuned':>10}{'difference':>13}  {interval}")
+    for name, metric in results["metrics"].items():
+        difference = metric["difference"] or {}
+        shown = [_number(metric["base"]), _number(metric["tuned"]), _number(difference.get("mean"), "+")]
+        ends = f"[{_number(difference['low'], '+')}, {_number(difference['high'], '+')}]" if difference else ""
+        print(f"{name:<18}{shown[0]:>10}{shown[1]:>10}{shown[2]:>13}  {ends}".rstrip())
+    print(f"\ndecision: {results['decision']}")
+    for reason in results["reasons"]:
+        print(f"  {'+' if reason['passed'] else '-'} {reason['english']}")
+    print(f"\n{settings.results}, {settings.report} and {settings.metrics} written in {results['timings']['total_s']:.0f} s")
+
+
+def _number(value: float | None, sign: str = "") -> str:
+    return "–" if value is None else f"{value:{sign}.4g}"
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,139 @@
+"""Load the base in fp32, put the adapter on it, and fold it into the weights: W + alpha / r · B A."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from components.common.device import choose_compute
+from components.common.errors import ModelError, UserError
+from components.merge.adapter import WEIGHTS, Adapter
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def choose_device(asked: str) -> str:
+    """The device to merge on, printed with its reason.
+
+    Raises:
+        UserError: a GPU was asked for, and there is none.
+    """
+    compute = choose_compute("fp32")
+    if asked == "cuda" and compute.device.type != "cuda":
+        raise UserError("there is no GPU", where="--device cuda", fix="use --device cpu, or auto")
+    device = compute.device.type if asked == "auto" else asked
+    print(f"merging in fp32 on {device} ({'as asked' if asked != 'auto' else compute.reason})", flush=True)
+    return str(device)
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a folder.
+
+    Raises:
+        ModelError: missing or broken.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"the tokenizer can't be loaded: {_first_line(error)}", where=str(folder), fix="run the step before again"
+        ) from None
+
+
+def load_model(folder: Path, dtype: torch.dtype, device: str) -> Any:
+    """A causal language model for inference; never quantised, because merging into 4-bit weights destroys the model (d06).
+
+    Raises:
+        ModelError: broken or incomplete.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, device_map={"": device}, use_safetensors=True, local_files_only=True, output_loading_info=True
+        )
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise ModelError(f"the model can't be loaded: {_first_line(error)}", where=str(folder), fix="fetch the model again") from None
+    model, report = loaded
+    if report["missing_keys"]:  # the library would go on with random weights
+        names = ", ".join(sorted(report["missing_keys"])[:3])
+        raise ModelError(f"{len(report['missing_keys'])} weights are missing: {names}", where=str(folder), fix="fetch the model again")
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise ModelError("the base model is quantised", where=str(folder), fix="merge into the base model in its original precision")
+    return model.eval()
+
+
+def put_on(base: Any, adapter: Adapter) -> Any:
+    """The base model with the adapter on it.
+
+    Raises:
+        ModelError: the adapter is broken, or belongs to a model of other shapes.
+    """
+    _quiet_libraries()
+    from peft import PeftModel, get_peft_model_state_dict
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    where, fix = str(adapter.folder), f"merge it into its own base model, {adapter.base_model}"
+    try:
+        weights = load_file(adapter.folder / WEIGHTS)
+    except SafetensorError as error:
+        raise ModelError(f"the adapter's weights are broken: {_first_line(error)}", where=where, fix="run the train step again") from None
+    unusable = [name for name, weight in weights.items() if not weight.isfinite().all()]
+    if unusable:
+        raise ModelError(f"the adapter has weights that are not finite numbers: {unusable[0]}", where=where, fix="train it again")
+    try:
+        model = PeftModel.from_pretrained(base, str(adapter.folder), autocast_adapter_dtype=False)
+    except (RuntimeError, ValueError) as error:
+        raise ModelError(f"the adapter does not fit this base model: {_first_line(error)}", where=where, fix=fix) from None
+    # The library only warns about weights that find no place, and leaves those layers as they were.
+    strangers = weights.keys() ^ get_peft_model_state_dict(model, save_embedding_layers=False).keys()
+    if strangers:
+        raise ModelError(f"the adapter has other layers than this base model: {sorted(strangers)[0]}", where=where, fix=fix)
+    return model.eval()
+
+
+def merged(model: Any) -> Any:
+    """The model with the adapter folded into its weights, in fp32, in place; `safe_merge` refuses weights that are not finite.
+
+    Raises:
+        ModelError: the sum is not finite.
+    """
+    try:
+        return model.merge_and_unload(safe_merge=True)
+    except ValueError as error:
+        raise ModelError(
+            f"the merged weights are not finite numbers: {_first_line(error)}", fix="train with a lower learning rate"
+        ) from None
+
+
+def cast(model: Any, dtype: torch.dtype) -> Any:
+    """The model in the precision that it is stored in.
+
+    Raises:
+        ModelError: a weight is too large for it.
+    """
+    model = model.to(dtype)
+    for name, weight in model.named_parameters():
+        if not weight.isfinite().all():
+            raise ModelError(f"a merged weight is too large for {dtype}: {name}", fix="use --precision bf16")
+    return model
+
+
+def _first_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def _quiet_libraries() -> None:
+    """Drop what the libraries tell each other when peft is loaded: a hint to a package that downloads code, a renamed attribute."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")

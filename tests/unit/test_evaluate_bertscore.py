@@ -1,0 +1,111 @@
+"""BERTScore with a local encoder: offline, equal to the library, and honest about what it cut."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
+
+from components.common.errors import ModelError
+from components.evaluate.bertscore import Encoder, check_encoder
+
+LONG = "血压长期控制不好会损害心脏、大脑、肾脏和眼底。" * 20
+
+
+@pytest.fixture(scope="module")
+def encoder(tiny_model: Path) -> Encoder:
+    return Encoder.load(tiny_model)
+
+
+@pytest.fixture(scope="module")
+def bert(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny BERT with a window of 64 tokens, saved with a head that an encoder does not use."""
+    folder = tmp_path_factory.mktemp("encoder") / "t5-named-bert"  # bert-score takes any path with "t5" in it for a T5
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    shape = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
+    BertForMaskedLM(BertConfig(vocab_size=len(tokenizer), max_position_embeddings=64, **shape)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_identical_texts_score_1_and_other_texts_less(encoder: Encoder, tiny_rows: list[dict[str, str]]) -> None:
+    answers = [row["answer"] for row in tiny_rows[:4]]
+    assert encoder.scores(answers, answers, batch_size=3) == pytest.approx([1.0] * 4, abs=1e-5)
+    others = encoder.scores(answers, answers[1:] + answers[:1], batch_size=3)
+    assert all(0 < score < 0.97 for score in others)
+
+
+def test_two_thirds_of_the_layers_are_used(encoder: Encoder) -> None:
+    assert encoder.layers == 3  # of 4
+    assert len(encoder.model.layers) == 3
+
+
+def test_it_equals_the_librarys_own_scorer(encoder: Encoder, tiny_model: Path, tiny_rows: list[dict[str, str]], tmp_path: Path) -> None:
+    from bert_score import BERTScorer
+
+    references, answers = [row["answer"] for row in tiny_rows[:6]], [row["answer"] for row in tiny_rows[6:12]]
+    scorer = BERTScorer(model_type=str(tiny_model), num_layers=3, lang=None, rescale_with_baseline=False, device="cpu")
+    scorer._tokenizer.model_max_length = encoder.window_tokens
+    plain = scorer.score(answers, references)[2].tolist()
+    # The encoder computes in this machine's usual precision, bf16 perhaps; the library's scorer in that of the folder.
+    assert encoder.scores(references, answers, batch_size=6) == pytest.approx(plain, abs=0.02)
+
+
+def test_d12_batches_do_not_change_a_score_or_the_order(bert: Path, tiny_rows: list[dict[str, str]]) -> None:
+    encoder = Encoder.load(bert)
+    references = [row["answer"][: 5 + 7 * at] for at, row in enumerate(tiny_rows[:7])]
+    answers = [row["question"] for row in tiny_rows[:7]]
+    done: list[int] = []
+    together = encoder.scores(references, answers, batch_size=4, on_done=done.append)
+    alone = [encoder.scores([reference], [answer], batch_size=1)[0] for reference, answer in zip(references, answers, strict=True)]
+    assert together == pytest.approx(alone, abs=0.01)
+    assert done == [4, 3]
+
+
+def test_d12_cut_texts_are_counted(bert: Path) -> None:
+    encoder = Encoder.load(bert)
+    assert (encoder.window_tokens, encoder.layers) == (64, 2)
+    encoder.scores(["血压", LONG], ["血压", "血压"], batch_size=2)
+    assert encoder.cut_texts == 1
+    encoder.scores([LONG], [LONG], batch_size=2)
+    assert encoder.cut_texts == 3
+
+
+def test_d12_no_network(bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object) -> None:
+        raise AssertionError("BERTScore opened a connection")
+
+    monkeypatch.setattr(socket.socket, "connect", refused)
+    monkeypatch.setattr(socket, "getaddrinfo", refused)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    assert Encoder.load(bert).scores(["血压"], ["血压"], batch_size=1) == pytest.approx([1.0], abs=1e-5)
+
+
+def test_an_empty_answer_scores_0(encoder: Encoder) -> None:
+    assert encoder.scores(["多喝水", "多休息"], ["", " \n"], batch_size=2) == [0.0, 0.0]
+    assert encoder.scores(["多喝水", "多休息"], ["", "多休息"], batch_size=2) == pytest.approx([0.0, 1.0], abs=1e-5)
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path: Path, bert: Path) -> None:
+    with pytest.raises(ModelError, match="not there") as missing:
+        check_encoder(tmp_path / "absent")
+    assert "--bertscore_model" in missing.value.fix
+    (tmp_path / "config.json").write_text((bert / "config.json").read_text())
+    with pytest.raises(ModelError, match="can't be loaded"):
+        Encoder.load(tmp_path)
+
+
+def test_an_encoder_with_missing_weights_is_refused(bert: Path, tmp_path: Path) -> None:
+    """The library would fill them with random numbers and go on."""
+    from safetensors.torch import load_file, save_file
+
+    for path in bert.iterdir():
+        if path.name != "model.safetensors":
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    weights = load_file(bert / "model.safetensors")
+    weights.pop("bert.encoder.layer.0.attention.self.query.weight")
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match="weights are missing"):
+        Encoder.load(tmp_path)
