@@ -28,15 +28,15 @@ def main(argv: list[str] | None = None) -> None:
     if settings.action == "status":
         print(status_table(_target(settings, folder), folder))
         return
+    if settings.action == "roll" and not settings.model_uri:
+        raise UserError("there is no model to deploy", where="--model_uri", fix="give the model_uri that the merge step printed")
+    model = find_model(settings.model_uri) if settings.action == "roll" else None
     with folder.lock(settings.action):
+        target = _target(settings, folder)
         if settings.action == "stop":
-            stopped = stop(_target(settings, folder), folder)
+            stopped = stop(target, folder)
             print(f"stopped {settings.service_name}: {', '.join(server.description for server in stopped) or 'no server was running'}")
             return
-        if settings.action == "roll" and not settings.model_uri:
-            raise UserError("there is no model to deploy", where="--model_uri", fix="give the model_uri that the merge step printed")
-        model = find_model(settings.model_uri) if settings.action == "roll" else None
-        target = _target(settings, folder)
         live = target.live()
         model = model or former_model(folder, live)
 

@@ -47,8 +47,10 @@ class ServiceFolder:
         try:
             with FileLock(self.path / "lock", blocking=False):
                 write_atomically(self._holder, f"`{action}` by process {os.getpid()} on {socket.gethostname()} since {now()}\n")
-                yield
-                self._holder.unlink(missing_ok=True)
+                try:
+                    yield
+                finally:
+                    self._holder.unlink(missing_ok=True)
         except Timeout:
             holder = self._holder.read_text(encoding="utf-8").strip() if self._holder.exists() else "a command that has just started"
             raise ServiceError(

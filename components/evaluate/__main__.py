@@ -42,7 +42,10 @@ def _check_writable(*paths: Path) -> None:
     for path in paths:
         if path.is_dir():
             raise UserError("an output file is asked for where a folder is", where=str(path), fix="choose another file name")
-        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise UserError("an output folder is asked for where a file is", where=str(path.parent), fix="choose another folder") from None
         with tempfile.TemporaryFile(dir=path.parent):
             pass
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,7 @@ def evaluate(settings: EvaluateSettings, inputs: Inputs) -> dict[str, Any]:
         tolerance=settings.tolerance,
         confidence=settings.confidence,
     )
-    base_digest = Manifest.of_folder(inputs.base_folder).digest if inputs.base_folder else ""
+    base_digest = _digest(inputs.base_folder) if inputs.base_folder else ""
     timings["total_s"] = round(time.monotonic() - started, 2)
     return build_results(
         verdict=verdict,
@@ -136,23 +137,33 @@ def _bertscore(inputs: Inputs, scored: list[Scored], batch_size: int) -> dict[st
         f"BERTScore: encoder {name}, the first {encoder.layers} layers (two thirds), texts up to {encoder.window_tokens} tokens", flush=True
     )
     add_bertscore(encoder, inputs.held_out.rows, scored, batch_size)
-    facts: dict[str, Any] = {"encoder": name, "digest": Manifest.of_folder(folder).digest, "layers": encoder.layers}
+    facts: dict[str, Any] = {"encoder": name, "digest": _digest(folder), "layers": encoder.layers}
     facts |= {"window_tokens": encoder.window_tokens, "cut_texts": encoder.cut_texts}
     return facts
+
+
+@lru_cache
+def _digest(folder: Path) -> str:
+    """The digest of a folder's content; the base model is often the encoder too, and takes a minute to read when it is large."""
+    return Manifest.of_folder(folder).digest
 
 
 def _tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-        raise ModelError(f"the tokenizer can't be loaded: {reason}", where=str(folder), fix="merge the model again") from None
+    return _from_folder(AutoTokenizer, "tokenizer", folder)
 
 
 def _context_tokens(folder: Path) -> int:
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
+    config = _from_folder(AutoConfig, "config", folder).get_text_config()
     return int(getattr(config, "max_position_embeddings", None) or 1 << 30)
+
+
+def _from_folder(kind: Any, what: str, folder: Path) -> Any:
+    try:
+        return kind.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+        raise ModelError(f"the model's {what} can't be loaded: {reason}", where=str(folder), fix="fetch or merge the model again") from None

@@ -22,6 +22,9 @@ def load_tokenizer(base: Path) -> Any:
     """
     from transformers import AutoTokenizer
 
+    if not any((base / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        # The library would make an empty tokenizer up.
+        raise ModelError("the model folder has no tokenizer", where=str(base), fix="add its tokenizer.json, or fetch the model again")
     try:
         return AutoTokenizer.from_pretrained(base, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
@@ -82,6 +85,20 @@ def add_lora(model: Any, settings: TrainSettings) -> Any:
         model.enable_input_require_grads()
     # Not `prepare_model_for_kbit_training`: it copies embeddings and head to fp32, gigabytes for a large vocabulary.
     return get_peft_model(model, config)
+
+
+def evaluation_mode(model: Any) -> None:
+    """Switch dropout off, but leave 4-bit layers as they train.
+
+    In evaluation mode on a CPU, bitsandbytes 0.50 packs the 4-bit weights anew for inference, for good: other results, and no gradient
+    passes such a layer any more.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    model.eval()
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.training = True
 
 
 def _nf4(compute: Compute) -> Any:

@@ -16,6 +16,7 @@ from components.common.progress import progress
 from components.train.choices import Plan
 from components.train.config import TrainSettings
 from components.train.loss import answer_nll, check_loss
+from components.train.model import evaluation_mode
 from components.train.rows import Batch, Data, Example, batches_of_similar_length, collate
 
 if TYPE_CHECKING:
@@ -141,7 +142,7 @@ def accumulate_gradients(model: Any, batches: Sequence[Batch], accelerator: Acce
 @torch.no_grad()
 def mean_nll(model: Any, rows: Sequence[Example], batch_size: int, pad_id: int, accelerator: Accelerator) -> float:
     """Negative log-likelihood of a split's answers, in nats per trainable token."""
-    model.eval()
+    evaluation_mode(model)
     by_length = sorted(rows, key=lambda row: len(row.ids))
     total, tokens = 0.0, 0
     for at in range(0, len(by_length), batch_size):
@@ -187,7 +188,7 @@ def restore(parameters: Sequence[torch.Tensor], weights: Weights) -> None:
 
 
 def _before_training(model: Any, validation_rows: Sequence[Example], plan: Plan, pad_id: int, accelerator: Accelerator) -> Run:
-    model.eval()
+    evaluation_mode(model)
     with accelerator.autocast():
         check_loss(model, collate(validation_rows[:1], pad_id, accelerator.device))
     base = mean_nll(model, validation_rows, plan.batch_size, pad_id, accelerator)

@@ -12,11 +12,9 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+from tests.rows import write_rows
+
 PROJECT = Path(__file__).resolve().parents[2]
-FIELDS = ("心脏", "肝脏", "肺部", "胃部", "肾脏", "关节", "皮肤", "眼睛", "耳朵", "甲状腺")
-KINDS = ("疼痛", "肿胀", "发热", "出血", "感染", "麻木")
-# A tiny model learns the pattern in seconds; the held-out rows have it too.
-ANSWER = "{where}{what}时请先休息，观察一天，记录体温；如果{where}{what}加重，请及时去医院{where}专科就诊。"
 TINY = {
     "epochs": "6",
     "learning_rate": "5e-3",
@@ -29,13 +27,6 @@ TINY = {
     "precision": "fp32",
     "bertscore_model": "none",
 }
-
-
-def write_rows(path: Path) -> Path:
-    """Sixty questions of one pattern."""
-    rows = [{"question": f"{where}{what}怎么办？", "answer": ANSWER.format(where=where, what=what)} for where in FIELDS for what in KINDS]
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return path
 
 
 def free_port() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 
@@ -55,7 +57,7 @@ class LocalService:
         self.thread.start()
 
     def wait_until_ready(self) -> None:
-        wait_until(lambda: status_of(self.url) == 200, 60)
+        wait_until(lambda: read_health(self.url)[0] == 200, 60)
 
     def client(self) -> httpx.Client:
         return httpx.Client(base_url=self.url, timeout=60, trust_env=False)
@@ -109,7 +111,7 @@ class ServiceCommand:
         return [json.loads(line) for line in (self.folder / "api_server.log").read_text(encoding="utf-8").splitlines()]
 
     def wait_until_ready(self) -> None:
-        wait_until(lambda: status_of(self.url) == 200 or self.process.poll() is not None, 120)
+        wait_until(lambda: read_health(self.url)[0] == 200 or self.process.poll() is not None, 120)
         assert self.process.poll() is None, self.text()
 
     def terminate(self) -> None:
@@ -127,12 +129,18 @@ def wait_until(condition: Callable[[], bool], timeout_s: float = 15.0) -> None:
         time.sleep(0.02)
 
 
-def status_of(url: str) -> int:
-    """The status of GET /health; 0 while nobody listens."""
+def read_health(url: str) -> tuple[int, dict[str, Any]]:
+    """Status and body of GET /health; (0, {}) while nobody listens. Not by httpx, which builds a TLS context for every call."""
+    address = urlsplit(url)
+    connection = http.client.HTTPConnection(str(address.hostname), address.port, timeout=5)
     try:
-        return httpx.get(f"{url}/health", timeout=5, trust_env=False).status_code
-    except httpx.TransportError:
-        return 0
+        connection.request("GET", "/health")
+        response = connection.getresponse()
+        return response.status, json.loads(response.read())
+    except (OSError, http.client.HTTPException):
+        return 0, {}
+    finally:
+        connection.close()
 
 
 def assert_problem(response: httpx.Response, status: int, kind: str) -> dict[str, Any]:

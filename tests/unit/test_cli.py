@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from orchestration.record import STEPS, RunRecord
-from tests.pipeline.journey import write_rows
+from tests.rows import write_rows
 
 PROJECT = Path(__file__).resolve().parents[2]
 

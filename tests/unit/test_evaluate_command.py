@@ -226,7 +226,9 @@ def test_data_that_cannot_be_used(content: bytes | None, words: list[str], model
     refused(evaluate(tmp_path / "out", model_uri=models["tuned"], dataset=path), *words)
 
 
-@pytest.mark.parametrize("broken", ["missing", "no-chat-format", "another-chat-format", "cut-weights", "not-a-model", "no-manifest"])
+@pytest.mark.parametrize(
+    "broken", ["missing", "no-chat-format", "another-chat-format", "cut-weights", "not-a-model", "unknown-family", "no-manifest"]
+)
 def test_models_that_cannot_be_used(broken: str, models: dict[str, Path], data: Path, tmp_path: Path) -> None:
     model = tmp_path / "model"
     words = {"missing": ["no model is stored here", str(model)]}.get(broken, [])
@@ -249,6 +251,10 @@ def test_models_that_cannot_be_used(broken: str, models: dict[str, Path], data: 
         (model / "config.json").write_text('{"architectures": ["BertModel"]}')
         store(model)
         words = ["not a causal language model", "BertModel"]
+    if broken == "unknown-family":
+        (model / "config.json").write_text('{"architectures": ["SomeForCausalLM"], "model_type": "some"}')
+        store(model)
+        words = ["can't be loaded", str(model)]
     if broken == "no-manifest":
         (model / MANIFEST).unlink()
         words = ["manifest is missing"]
@@ -269,12 +275,14 @@ def test_settings_that_cannot_be_used(flags: dict[str, str], words: list[str], m
     refused(evaluate(tmp_path, model_uri=models["tuned"], dataset=data, **flags), *words)
 
 
-def test_an_output_that_cannot_be_written_is_known_before_the_work(models: dict[str, Path], data: Path, tmp_path: Path) -> None:
-    (tmp_path / "results.json").mkdir()
-    run = evaluate(tmp_path, model_uri=models["tuned"], dataset=data)
+@pytest.mark.parametrize("wrong", ["folder", "file"])
+def test_an_output_that_cannot_be_written_is_known_before_the_work(wrong: str, models: dict[str, Path], data: Path, tmp_path: Path) -> None:
+    where = tmp_path / "results.json"
+    where.mkdir() if wrong == "folder" else where.touch()
+    run = evaluate(tmp_path, model_uri=models["tuned"], dataset=data, results=where if wrong == "folder" else where / "inside.json")
     assert run.code == 2
-    assert "where a folder is" in run.stderr and "Traceback" not in run.stderr
-    assert "model" not in run.stdout
+    assert f"where a {wrong} is" in run.stderr and "Traceback" not in run.stderr
+    assert run.stdout == ""
 
 
 def test_a_full_disk_leaves_nothing(

@@ -20,7 +20,7 @@ import httpx
 import pytest
 
 from tests.conftest import PROJECT
-from tests.unit.serve_support import LONG, ServiceCommand, assert_problem, status_of, store_served_model, wait_until
+from tests.unit.serve_support import LONG, ServiceCommand, assert_problem, read_health, store_served_model, wait_until
 
 
 @pytest.fixture(scope="module")
@@ -59,19 +59,16 @@ def assert_user_error(result: subprocess.CompletedProcess[str], *words: str) -> 
 
 
 def test_d40_health_answers_while_sixteen_answers_are_generated(command: ServiceCommand) -> None:
-    def ask(_: int) -> int:
-        return httpx.post(f"{command.url}/ask", json=LONG, timeout=120, trust_env=False).status_code
-
     times = []
-    with ThreadPoolExecutor(16) as pool, httpx.Client(base_url=command.url, trust_env=False) as client:
-        answers = [pool.submit(ask, number) for number in range(16)]
+    with ThreadPoolExecutor(16) as pool, httpx.Client(base_url=command.url, timeout=120, trust_env=False) as client:
+        answers = [pool.submit(client.post, "/ask", json=LONG) for _ in range(16)]
         busy = 0
         while not all(answer.done() for answer in answers):
             started = time.monotonic()
             busy = max(busy, client.get("/health").json()["running"])
             times.append(time.monotonic() - started)
             time.sleep(0.01)
-        assert [answer.result() for answer in answers] == [200] * 16
+        assert [answer.result().status_code for answer in answers] == [200] * 16
     assert busy >= 12, "the answers must have run side by side while health was asked"
     assert len(times) > 10
     assert sorted(times)[int(len(times) * 0.95)] < 0.25, "idle it takes about 2 ms; the bound leaves room for two busy cores"
@@ -123,16 +120,16 @@ def test_sigterm_finishes_what_runs_and_sends_the_rest_away_politely(model_uri: 
         idle = http.client.HTTPConnection(str(address.hostname), address.port, timeout=10)
         idle.request("GET", "/health")
         idle.getresponse().read()
-        with ThreadPoolExecutor(2) as pool:
-            running = [pool.submit(httpx.post, f"{service.url}/ask", json=LONG, timeout=60, trust_env=False) for _ in range(2)]
-            wait_until(lambda: status_of(service.url) == 200 and httpx.get(f"{service.url}/health").json()["running"] == 2)
+        with ThreadPoolExecutor(8) as pool, httpx.Client(base_url=service.url, timeout=60, trust_env=False) as client:
+            running = [pool.submit(client.post, "/ask", json=LONG) for _ in range(8)]  # eight, so that each takes seconds
+            wait_until(lambda: read_health(service.url)[1]["running"] == 8)
             service.terminate()
             wait_until(lambda: '"draining"' in service.text())
             idle.request("POST", "/ask", json.dumps({"question": "头疼", "max_length": 2}), {"Content-Type": "application/json"})
             last = idle.getresponse()
             assert last.status == 200
             assert last.headers["connection"] == "close"
-            wait_until(lambda: status_of(service.url) == 0)
+            wait_until(lambda: read_health(service.url)[0] == 0)
             for answer in running:
                 assert answer.result().status_code == 200
                 assert answer.result().json()["completion_tokens"] > 0
@@ -147,11 +144,12 @@ def test_what_is_not_finished_in_drain_s_gets_a_problem(model_uri: str, tmp_path
     service = ServiceCommand(model_uri, tmp_path, "--drain_s", "0.1")
     try:
         service.wait_until_ready()
-        with ThreadPoolExecutor(1) as pool:
-            answer = pool.submit(httpx.post, f"{service.url}/ask", json=LONG, timeout=60, trust_env=False)
-            wait_until(lambda: httpx.get(f"{service.url}/health").json()["running"] == 1)
+        with ThreadPoolExecutor(8) as pool, httpx.Client(base_url=service.url, timeout=60, trust_env=False) as client:
+            answers = [pool.submit(client.post, "/ask", json=LONG) for _ in range(8)]
+            wait_until(lambda: read_health(service.url)[1]["running"] == 8)
             service.terminate()
-            assert_problem(answer.result(), 503, "shutting-down")
+            for answer in answers:
+                assert_problem(answer.result(), 503, "shutting-down")
         assert service.process.wait(20) == 0, service.text()
     finally:
         service.kill()
@@ -162,7 +160,7 @@ def test_sigterm_while_the_model_is_loaded(model_uri: str, tmp_path: Path, when:
     service = ServiceCommand(model_uri, tmp_path)
     try:
         if when == "loading":
-            wait_until(lambda: status_of(service.url) == 503, 60)
+            wait_until(lambda: read_health(service.url)[0] == 503, 60)
             loading = httpx.get(f"{service.url}/health", trust_env=False)
             if loading.status_code == 503:  # a quiet machine may have finished meanwhile
                 assert_problem(loading, 503, "loading")

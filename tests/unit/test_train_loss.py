@@ -101,7 +101,13 @@ def test_logits_never_exist_for_more_than_a_chunk_nor_for_a_prompt(model: Any, e
 def test_a_model_that_caps_its_logits_is_trained_with_the_cap(examples: list[Example]) -> None:
     torch.manual_seed(0)
     config = Gemma2Config(
-        vocab_size=2000, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=16
+        vocab_size=2000,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
     )
     config.final_logit_softcapping = 0.5
     model = with_some_training(add_lora(Gemma2ForCausalLM(config), SETTINGS))
@@ -118,7 +124,13 @@ def test_a_model_that_caps_its_logits_is_trained_with_the_cap(examples: list[Exa
 def test_a_model_whose_head_scales_its_logits_is_refused_before_training(examples: list[Example], model: Any) -> None:
     torch.manual_seed(0)
     config = CohereConfig(
-        vocab_size=2000, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, logit_scale=0.01, initializer_range=1.0
+        vocab_size=2000,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        logit_scale=0.01,
+        initializer_range=1.0,
     )
     batch = collate(examples[:1], 0, "cpu")
     check_loss(model.eval(), batch)

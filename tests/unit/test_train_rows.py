@@ -126,7 +126,11 @@ def test_two_questions_are_enough_and_one_is_not(tmp_path: Path) -> None:
 
 
 def test_the_user_is_told_how_many_rows_are_used_and_which_are_not(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, chat: ChatFormat, tiny_rows: list[dict[str, str]], capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    chat: ChatFormat,
+    tiny_rows: list[dict[str, str]],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     long = {"question": "长？", "answer": "长" * 2000}
     splits = read_splits(write_rows(tmp_path / "rows.jsonl", [*tiny_rows, long]))
