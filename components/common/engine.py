@@ -7,9 +7,6 @@ bounded cache, requests checked before they enter, an end for cancelled requests
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import gc
 import itertools
 import math
 import threading
@@ -23,6 +20,7 @@ from typing import Any, Literal, Self
 from components.common.chat import ChatFormat
 from components.common.device import Precision, choose_compute
 from components.common.errors import ModelError, ServiceError
+from components.common.loading import check_scores, load_causal_lm, return_memory
 
 PAGE_TOKENS = 32
 STEP_TOKENS = {"cpu": 256, "cuda": 2048}  # prompt tokens taken in one step: larger is faster, smaller lets others answer meanwhile
@@ -108,8 +106,8 @@ class Engine:
         """
         compute = choose_compute(precision)
         print(compute.reason, flush=True)
-        model, tokenizer = _load_model(folder, compute.device, compute.dtype)
-        _check_scores(model, chat, folder)
+        model, tokenizer = load_causal_lm(folder, compute)
+        check_scores(model, [chat.end_of_turn_id, chat.pad_id], folder)
         context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
         if max_prompt_tokens + max_new_tokens > context:
             max_prompt_tokens = int(context) - max_new_tokens
@@ -211,7 +209,7 @@ class Engine:
         self._delivery.join(STOP_S)
         self._fail_all("the generation engine was closed")
         self.model = self._manager = None  # weights and cache go, even if somebody still holds this engine
-        _return_memory(self.device)
+        return_memory(self.device)
 
     def __enter__(self) -> Self:
         return self
@@ -220,6 +218,7 @@ class Engine:
         self.close()
 
     def _start_manager(self) -> Any:
+        import torch
         from transformers import GenerationConfig
         from transformers.generation import ContinuousBatchingConfig
 
@@ -245,7 +244,7 @@ class Engine:
         manager.logit_processor = Sampler(self.device).as_list()
         try:
             manager.warmup()  # makes the cache now: in its own thread a failure would only be logged
-        except MemoryError as error:
+        except (MemoryError, torch.OutOfMemoryError) as error:
             raise ServiceError(
                 f"the memory is too small for {self.max_concurrency} answers side by side: {error}",
                 fix="lower max_concurrency, max_prompt_tokens or max_new_tokens",
@@ -327,55 +326,3 @@ class Engine:
     def _fail_all(self, what: str) -> None:
         for name in list(self._requests):
             self._end(name, ServiceError(what, fix="restart the service"))
-
-
-def _check_scores(model: Any, chat: ChatFormat, folder: Path) -> None:
-    """Refuse weights that are NaN or too large: they load without a word, and every answer is the token 0."""
-    import torch
-
-    with torch.inference_mode():
-        scores = model(torch.tensor([[chat.end_of_turn_id, chat.pad_id]], device=model.device)).logits
-    if not torch.isfinite(scores).all():
-        raise ModelError("the model's weights are broken: its scores are not finite", where=str(folder), fix="merge or train it again")
-
-
-def _return_memory(device: Any) -> None:
-    """Give freed memory back to the system: a service that reloads for months must not grow."""
-    gc.collect()
-    if device.type == "cuda":
-        import torch
-
-        torch.cuda.empty_cache()
-    with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-
-
-def _load_model(folder: Path, device: Any, dtype: Any) -> tuple[Any, Any]:
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    if not [*folder.glob("tokenizer.*"), *folder.glob("vocab.*")]:  # the library would go on with an empty vocabulary
-        raise ModelError("the model folder has no tokenizer", where=str(folder), fix="fetch or merge the model again")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype,
-            device_map={"": device} if device.type == "cuda" else None,
-            attn_implementation="sdpa",
-            use_safetensors=True,  # a pickle could run code
-            local_files_only=True,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
-        raise ModelError(f"the model can't be loaded: {reason}", where=str(folder), fix="fetch or merge the model again") from None
-    model, report = loaded
-    if report["missing_keys"]:  # the library would go on with random weights
-        names = ", ".join(sorted(report["missing_keys"])[:3])
-        raise ModelError(
-            f"{len(report['missing_keys'])} weights are missing: {names}", where=str(folder), fix="fetch or merge the model again"
-        )
-    return model.eval(), tokenizer

@@ -12,7 +12,7 @@ import re
 from components.evaluate.rouge import HAN, ChineseTokenizer
 
 LOOP_FROM = 0.3  # share of repeated 4-grams from which an answer counts as a loop
-COPY_FROM = 0.7  # share of an answer's 4-grams that the question has, from which the answer counts as a copy
+COPY_FROM = 0.5  # share of an answer's 4-grams that the question has, from which the answer counts as a copy
 
 _tokenize = ChineseTokenizer().tokenize
 _WORDS = re.compile(rf"(?P<han>[{HAN}])|(?:(?![{HAN}])[^\W\d_])+")

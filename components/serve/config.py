@@ -32,4 +32,4 @@ class ServeSettings(StepSettings):
     allowed_model_roots: str = Field(
         "", description="folders and addresses that /reload_model may load from, separated by commas; empty: only where model_uri lies"
     )
-    log_file: Path = Field(Path("api_server.log"), description="file that gets the log lines too")
+    log_file: Path = Field(Path("api_server.log"), description="file that gets the log lines too; empty: none")

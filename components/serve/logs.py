@@ -26,20 +26,30 @@ _KEY = secrets.token_bytes(32)
 
 
 def open_log(path: Path) -> None:
-    """Send our lines, and uvicorn's warnings, to stdout and to `path`; older parts of the file are kept beside it.
+    """Send our lines, and the web server's warnings, to stdout and to `path` (`Path()`: to stdout only); old parts are kept beside it.
 
     Raises:
         OSError: the file can't be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handlers = (logging.StreamHandler(sys.stdout), RotatingFileHandler(path, maxBytes=FILE_BYTES, backupCount=FILES_KEPT, encoding="utf-8"))
-    for name, level in ((LOGGER.name, logging.INFO), ("uvicorn.error", logging.WARNING), ("asyncio", logging.WARNING)):
-        logger = logging.getLogger(name)
-        logger.setLevel(level)
-        logger.propagate = False
-        logger.handlers = list(handlers)
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)]
+    if path != Path():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handlers.append(RotatingFileHandler(path, maxBytes=FILE_BYTES, backupCount=FILES_KEPT, encoding="utf-8"))
     for handler in handlers:
         handler.setFormatter(_JsonLines())
+    LOGGER.handlers = handlers
+    LOGGER.setLevel(logging.INFO)
+    LOGGER.propagate = False
+    adopt("uvicorn.error", logging.WARNING)
+    adopt("asyncio", logging.WARNING)
+
+
+def adopt(name: str, level: int) -> None:
+    """Let a library's lines from `level` on come out as ours do, without the messages of errors."""
+    logger = logging.getLogger(name)
+    logger.setLevel(level)
+    logger.propagate = False
+    logger.handlers = LOGGER.handlers
 
 
 def log(event: str, *, error: BaseException | None = None, **fields: Any) -> None:

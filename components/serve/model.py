@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import time
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from components.common.engine import Engine, Sampling
 from components.common.errors import ModelError
 from components.common.storage import MANIFEST, Manifest, fetch_model
 from components.serve.config import ServeSettings
+from components.serve.logs import adopt
 
 GOLDEN_QUESTION = "什么是高血压？"
 GOLDEN_TOKENS = 16
@@ -55,6 +57,7 @@ class ServedModel:
             max_prompt_tokens=settings.max_prompt_tokens,
             max_new_tokens=settings.max_new_tokens,
         )
+        adopt("transformers", logging.ERROR)  # its warnings may quote a prompt's tokens
         model = cls(model_uri, manifest, verified, chat, engine, 0.0)
         try:
             model._ask_golden_question()

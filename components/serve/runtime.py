@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, TypeVar
@@ -19,6 +18,7 @@ from fastapi import Request
 from components.common.chat import clean
 from components.common.engine import Completion, Sampling
 from components.common.errors import ServiceError, UserError
+from components.serve.admission import Admission
 from components.serve.config import ServeSettings
 from components.serve.logs import fingerprint, log
 from components.serve.model import ServedModel, is_allowed
@@ -37,9 +37,7 @@ from components.serve.schema import (
 
 T = TypeVar("T")
 LOADING_RETRY_S = 5
-RATE_WINDOW = 32  # finished answers that the drain rate is measured over
 SLOW_WORK = "slow-work"
-FIRST_GUESS_S = 5.0  # time of one answer, until one was measured
 
 
 class Runtime:
@@ -51,8 +49,7 @@ class Runtime:
         self.load_error: Exception | None = None
         self.draining = False
         self._reloading = False
-        self._in_flight = 0
-        self._finished: deque[float] = deque(maxlen=RATE_WINDOW)
+        self.admission = Admission(settings.max_concurrency, settings.max_queue, settings.request_timeout_s)
         self._started = time.monotonic()
         self._stop_answers = asyncio.Event()
         self.on_load_failure: Callable[[], None] = lambda: None
@@ -70,9 +67,8 @@ class Runtime:
     def health(self) -> Health:
         """Raises a Problem unless questions are answered."""
         model = self.ready_model()
-        waiting = max(0, self._in_flight - self.settings.max_concurrency)
         uptime_s = round(time.monotonic() - self._started, 1)
-        return Health(model_digest=model.digest, uptime_s=uptime_s, running=self._in_flight - waiting, waiting=waiting)
+        return Health(model_digest=model.digest, uptime_s=uptime_s, running=self.admission.running, waiting=self.admission.waiting)
 
     def ready_model(self) -> ServedModel:
         """The model that answers; a Problem while there is none."""
@@ -87,7 +83,9 @@ class Runtime:
         started = time.monotonic()
         facts: dict[str, Any] = request.state.facts
         facts |= {"question_chars": len(ask.question), "question_digest": fingerprint(clean(ask.question))}
-        model = self._enter()
+        model, answered = self.ready_model(), False
+        self.admission.enter()
+        model.running += 1
         try:
             facts["model_digest"] = model.digest
             sampling = self._sampling(ask, model)
@@ -97,9 +95,9 @@ class Runtime:
                 raise Problem("question-too-long", *_too_long(len(prompt), model.engine.max_prompt_tokens))
             completion = await self._generate(model, prompt, sampling, request, started)
             text = await asyncio.to_thread(model.engine.tokenizer.decode, completion.token_ids, skip_special_tokens=True)
-            self._finished.append(time.monotonic())
+            answered = True
         finally:
-            self._in_flight -= 1
+            self.admission.leave(answered=answered)
             model.running -= 1
         facts |= {"completion_tokens": len(completion.token_ids), "finish_reason": completion.finish_reason}
         language = language_of(ask.question)
@@ -148,22 +146,6 @@ class Runtime:
         """Stop the engine."""
         if self.model is not None:
             await in_thread(self.model.engine.close)
-
-    def _enter(self) -> ServedModel:
-        model = self.ready_model()
-        if self._in_flight >= self.settings.max_concurrency + self.settings.max_queue:
-            raise Problem("queue-full", retry_after_s=self._drain_time_s())
-        self._in_flight += 1
-        model.running += 1
-        return model
-
-    def _drain_time_s(self) -> float:
-        """How long the questions in flight will take, by the rate at which the last ones were answered; at most the time limit."""
-        if len(self._finished) < 2:
-            time_s = FIRST_GUESS_S
-        else:
-            time_s = self._in_flight * (time.monotonic() - self._finished[0]) / len(self._finished)
-        return min(time_s, self.settings.request_timeout_s)
 
     def _sampling(self, ask: AskRequest, model: ServedModel) -> Sampling:
         longest = model.engine.max_new_tokens

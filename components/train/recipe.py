@@ -90,6 +90,7 @@ def train(
     optimizer = accelerator.prepare(adamw)
     validation_rows = data.validation.examples
     run = _before_training(model, validation_rows, plan, pad_id, accelerator)
+    writer.add_scalar("validation/loss", run.validation_loss_base, 0)
     finite = copy_of(parameters)
     with progress("train", plan.steps) as meter:
         for number, micro_batches in enumerate(islice(optimizer_steps(data.train.examples, plan, settings.seed), plan.steps), 1):

@@ -296,3 +296,12 @@ raise SystemExit(7)
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=PROJECT, timeout=120, capture_output=True, text=True, check=False)
     assert done.returncode == 7, done.stderr
+
+
+def test_a_device_too_small_for_the_model_is_told(tiny_model: Path, chat: ChatFormat, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("tried to allocate 14 GiB")
+
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", full)
+    with pytest.raises(ServiceError, match="14 GiB"):
+        Engine.load(tiny_model, chat=chat, precision="fp32", **LIMITS)

@@ -24,8 +24,15 @@ def bert(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny BERT with a window of 64 tokens, saved with a head that an encoder does not use."""
     folder = tmp_path_factory.mktemp("encoder") / "t5-named-bert"  # bert-score takes any path with "t5" in it for a T5
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    shape = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
-    BertForMaskedLM(BertConfig(vocab_size=len(tokenizer), max_position_embeddings=64, **shape)).save_pretrained(folder)
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        max_position_embeddings=64,
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        intermediate_size=32,
+    )
+    BertForMaskedLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

@@ -36,6 +36,7 @@ def test_d19_no_row_of_the_shipped_data_is_degenerate(tiny_rows: list[dict[str, 
         ("哪些症状提示可能出现了心力衰竭？", "哪些症状提示可能出现了心力衰竭", True),
         ("糖尿病患者能不能吃水果？", "糖尿病患者能不能吃水果？糖尿病患者能不能吃水果？", True),
         ("What is asthma?", "What is asthma", True),
+        ("糖尿病患者能不能吃水果？", "糖尿病患者能不能吃水果？ mendatang pacient " * 5, True),  # seen in an untuned model
         ("头痛", "头痛。", True),
         ("糖尿病患者能不能吃水果？", "糖尿病患者可以吃水果，但要选含糖少的品种，每次不超过一个拳头大小。", False),
         ("头痛怎么办？", "休息", False),

@@ -56,12 +56,13 @@ def test_d39_each_rule_can_hold_a_model() -> None:
         decision, reasons = verdict(differences=differences)
         assert decision == "hold"
         assert failed(reasons) == {rule}
-    for rule, changes in {
+    others: dict[str, dict[str, object]] = {
         "base_given": {"base": None, "differences": {}},
         "enough_rows": {"rows": 2},
         "finite": {"tuned": GOOD | {"rouge_l": math.nan}},
         "held_out": {"leaked": [3, 7]},
-    }.items():
+    }
+    for rule, changes in others.items():
         decision, reasons = verdict(**changes)
         assert decision == "hold"
         assert failed(reasons) == {rule}
@@ -121,7 +122,7 @@ def test_the_interval_is_that_of_the_normal_theory_for_many_rows() -> None:
     base = generator.normal(0, 5, 400)
     tuned = base + generator.normal(0.5, 2, 400)  # paired: the spread between rows must not count
     result = paired_interval(tuned.tolist(), base.tolist(), confidence=0.95, seed=42)
-    half = 1.96 * np.std(tuned - base) / math.sqrt(400)
+    half = 1.96 * float(np.std(tuned - base)) / math.sqrt(400)
     assert result.mean == pytest.approx(np.mean(tuned - base))
     assert result.low == pytest.approx(result.mean - half, abs=half / 10)
     assert result.high == pytest.approx(result.mean + half, abs=half / 10)

@@ -17,8 +17,10 @@ from typing import Any
 import httpx
 import pytest
 
+from components.serve.admission import Admission
 from components.serve.config import ServeSettings
 from components.serve.model import is_allowed
+from components.serve.problems import Problem
 from tests.unit.serve_support import LONG, LocalService, assert_problem, local_service, store_served_model, wait_until
 
 
@@ -105,17 +107,32 @@ def test_d46_the_queue_is_bounded_and_says_when_to_come_back(model_uri: str, tmp
         assert service.ask(question="头疼", max_length=4).status_code == 200
 
 
-def test_retry_after_follows_the_measured_rate(model_uri: str, tmp_path: Path) -> None:
-    with local_service(model_uri, tmp_path, max_concurrency=1, max_queue=1) as service:
-        runtime = service.runtime
-        runtime._in_flight = 6
-        now = time.monotonic()
-        runtime._finished.extend(now - age for age in (8, 6, 4, 2))  # one answer every two seconds
-        assert runtime._drain_time_s() == pytest.approx(12, rel=0.1)
-        runtime._finished.clear()
-        runtime._finished.extend((now - 4000, now - 2000))
-        assert runtime._drain_time_s() == service.runtime.settings.request_timeout_s
-        runtime._in_flight = 0
+def test_retry_after_follows_the_measured_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr("components.serve.admission.time.monotonic", lambda: now)
+    admission = Admission(max_concurrency=2, max_queue=2, longest_wait_s=60)
+    for _ in range(4):
+        admission.enter()
+    assert (admission.running, admission.waiting) == (2, 2)
+    with pytest.raises(Problem) as refused:
+        admission.enter()
+    assert refused.value.headers == {"Retry-After": "20"}, "a guess, before anything was measured"
+    for _ in range(3):
+        now += 2
+        admission.leave(answered=True)
+    assert admission.drain_time_s() == pytest.approx(2)
+    admission.leave(answered=False)
+    now += 3600  # an idle hour
+    for _ in range(4):
+        admission.enter()
+    now += 2
+    admission.leave(answered=True)
+    admission.enter()
+    assert admission.drain_time_s() == pytest.approx(8), "idle time says nothing about the speed"
+    now += 1000
+    admission.leave(answered=True)
+    admission.enter()
+    assert admission.drain_time_s() == 60, "nobody waits longer than one request's time limit"
 
 
 def test_the_time_limit_counts_waiting_and_stops_the_engine(model_uri: str, tmp_path: Path) -> None:

@@ -124,15 +124,17 @@ def test_a_huge_answer_is_dropped_and_a_file_of_nothing_else_is_refused(tiny_mod
     assert_refused(result, tmp_path, "longer than 1024 tokens", "--max_length")
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 600 kB: room for the logs, none for the adapter and its tokenizer."""
+@pytest.fixture(params=["300k", "600k"])
+def small_disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
+    """A file system that is full when the adapter's weights are written, or its tokenizer."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mount = shutil.which("mount")
     if (
         mount is None
-        or subprocess.run([mount, "-t", "tmpfs", "-o", "size=600k", "none", str(folder)], check=False, capture_output=True).returncode
+        or subprocess.run(
+            [mount, "-t", "tmpfs", "-o", f"size={request.param}", "none", str(folder)], check=False, capture_output=True
+        ).returncode
     ):
         pytest.skip("needs the right to mount a file system")
     yield folder

@@ -169,8 +169,12 @@ def test_kfp_gets_every_artifact_and_the_metrics_as_metadata(tiny_model: Path, r
     assert len(written["adapter"]["artifacts"][0]["metadata"]["data_digest"]) == 64
 
 
-def test_a_learning_rate_of_ten_ends_well_with_finite_but_bad_weights(tiny_model: Path, rows_file: Path, tmp_path: Path) -> None:
-    main([*flags_for(tmp_path, tiny_model, rows_file), "--learning_rate", "10"])
+def test_a_learning_rate_of_ten_ends_well_with_finite_but_bad_weights(
+    tiny_model: Path, tiny_rows: list[dict[str, str]], tmp_path: Path
+) -> None:
+    known = tmp_path / "known.jsonl"  # rows that the tiny model was pre-trained on: there is something to spoil
+    known.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in tiny_rows[::2]), encoding="utf-8")
+    main([*flags_for(tmp_path, tiny_model, known), "--learning_rate", "10"])
     metrics = json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8"))
     assert metrics.get("validation_loss", float("inf")) > metrics["validation_loss_base"], "the gate would let this adapter pass"
     weights = load_file(tmp_path / "adapter" / "adapter_model.safetensors")

@@ -1,0 +1,77 @@
+"""Load a causal language model for inference, refuse a broken one, and give its memory back afterwards."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from components.common.device import Compute
+from components.common.errors import ModelError, ServiceError
+
+
+def load_causal_lm(folder: Path, compute: Compute) -> tuple[Any, Any]:
+    """The model, ready for inference, and the tokenizer of a Hugging Face folder with safetensors.
+
+    Raises:
+        ModelError: a file is absent or broken, or weights are missing. ServiceError: the device's memory is too small.
+    """
+    import torch
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    if not [*folder.glob("tokenizer.*"), *folder.glob("vocab.*")]:  # the library would go on with an empty vocabulary
+        raise ModelError("the model folder has no tokenizer", where=str(folder), fix="fetch or merge the model again")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=compute.dtype,
+            device_map={"": compute.device} if compute.device.type == "cuda" else None,
+            attn_implementation="sdpa",
+            use_safetensors=True,  # a pickle could run code
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except torch.OutOfMemoryError as error:
+        raise ServiceError(f"the memory is too small for the model: {error}", where=str(folder), fix="free memory on the device") from None
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+        raise ModelError(f"the model can't be loaded: {reason}", where=str(folder), fix="fetch or merge the model again") from None
+    model, report = loaded
+    if report["missing_keys"]:  # the library would go on with random weights
+        names = ", ".join(sorted(report["missing_keys"])[:3])
+        raise ModelError(
+            f"{len(report['missing_keys'])} weights are missing: {names}", where=str(folder), fix="fetch or merge the model again"
+        )
+    return model.eval(), tokenizer
+
+
+def check_scores(model: Any, token_ids: Sequence[int], folder: Path) -> None:
+    """Refuse weights that are NaN or too large: they load without a word, and every answer is the token 0.
+
+    Raises:
+        ModelError: one forward pass over `token_ids` gives scores that are not finite.
+    """
+    import torch
+
+    with torch.inference_mode():
+        scores = model(torch.tensor([list(token_ids)], device=model.device)).logits
+    if not torch.isfinite(scores).all():
+        raise ModelError("the model's weights are broken: its scores are not finite", where=str(folder), fix="merge or train it again")
+
+
+def return_memory(device: Any) -> None:
+    """Give freed memory back to the system: a service that reloads for months must not grow."""
+    gc.collect()
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.empty_cache()
+    with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
