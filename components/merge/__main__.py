@@ -62,7 +62,7 @@ def _merge(settings: MergeSettings) -> dict[str, Any]:
         facts = facts_of(adapter, settings, parameters=model.num_parameters())
         write_model_folder(folder, cast(model, dtype), tokenizer, chat, facts)
         del model  # the saved one is loaded next: never both in memory
-        check_model_folder(folder, load_tokenizer(adapter.folder), chat)
+        check_model_folder(folder, tokenizer, chat)
         saved = agreement(expected, answer_logits(load_model(folder, dtype, device), tokenizer, chat), labels)
         manifest = Manifest.of_folder(folder, facts)
         write_json(folder / MANIFEST, manifest.to_json())

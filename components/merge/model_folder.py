@@ -37,23 +37,12 @@ def require_space(folder: Path, model: Any, dtype: Any) -> None:
 
 
 def write_model_folder(folder: Path, model: Any, tokenizer: Any, chat: ChatFormat, info: dict[str, Any]) -> None:
-    """Write config, safetensors, generation config, tokenizer, chat format and `merge_info.json`.
-
-    Raises:
-        StorageError: the disk is full or refuses.
-    """
-    from safetensors import SafetensorError
-
+    """Write config, safetensors, generation config, tokenizer, chat format and `merge_info.json`."""
     for config in (model.config, model.generation_config):
         config.eos_token_id, config.pad_token_id = list(chat.stop_ids), chat.pad_id
     tokenizer.chat_template = chat.template
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(chat.pad_id)
-    try:
-        model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
-    except SafetensorError as error:
-        raise StorageError(
-            f"the weights can't be written: {error}", where=str(folder), fix="free some space, and run the step again"
-        ) from None
+    model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
     tokenizer.save_pretrained(folder)
     chat.save(folder)
     write_json(folder / INFO_FILE, info)
@@ -73,6 +62,7 @@ def check_model_folder(folder: Path, tokenizer: Any, chat: ChatFormat) -> None:
         "token ids": all(saved_chat.example(saved_tokenizer, *probe) == chat.example(tokenizer, *probe) for probe in PROBES),
         "chat format": saved_chat.digest == chat.digest,
         "tokenizer's chat template": ChatFormat.of_tokenizer(saved_tokenizer, chat.system_prompt).digest == chat.digest,
+        "tokenizer's pad id": saved_tokenizer.pad_token_id == chat.pad_id,
         "stop ids": generation.eos_token_id == list(chat.stop_ids),
         "pad id": generation.pad_token_id == chat.pad_id,
     }

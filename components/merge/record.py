@@ -8,7 +8,7 @@ from typing import Any
 
 from components.common.storage import Manifest
 from components.merge.adapter import Adapter
-from components.merge.certificate import MAX_LOGIT_DIFFERENCE, MIN_TOP1_AGREEMENT, Agreement
+from components.merge.certificate import MAX_DIFFERENCE_SHARE, MAX_LOGIT_DIFFERENCE, Agreement
 from components.merge.config import MergeSettings
 
 
@@ -24,7 +24,7 @@ def facts_of(adapter: Adapter, settings: MergeSettings, *, parameters: int) -> d
         "parameters": parameters,
         "precision": settings.precision,
         "merged_in": "fp32",
-        "proven": {"max_logit_difference": MAX_LOGIT_DIFFERENCE, "top1_agreement": MIN_TOP1_AGREEMENT},
+        "proven": {"max_logit_difference": MAX_LOGIT_DIFFERENCE, "or_share_of_the_largest_logit": MAX_DIFFERENCE_SHARE},
     }
 
 
@@ -57,10 +57,10 @@ def record_of(
     return facts | {
         "certificate": {"merged_fp32": _finite(proof._asdict()), f"saved_{facts['precision']}": _finite(saved._asdict())},
         "trained_in_4bit": bool(adapter.info.get("settings", {}).get("load_in_4bit")),
-        "sizes_bytes": {
+        "weights_size_bytes": {
             "adapter": adapter.size_bytes,
             "base": sum(path.stat().st_size for path in base.glob("*.safetensors")),
-            "merged": manifest.size_bytes,
+            "merged": sum(size for name, (size, _) in manifest.files.items() if name.endswith(".safetensors")),
         },
         "model_digest": manifest.digest,
         "model_uri": model_uri,
@@ -76,8 +76,8 @@ def show(record: dict[str, Any], *, compare: bool) -> None:
     if record["trained_in_4bit"]:
         print("note: trained on a 4-bit base and merged into the full one; the evaluation of the merged model is the one that counts")
     if compare:
-        print(f"{'':10}{'MiB':>12}")
-        for name, size in record["sizes_bytes"].items():
+        print(f"{'weights':10}{'MiB':>12}")
+        for name, size in record["weights_size_bytes"].items():
             print(f"{name:10}{size / 2**20:12.1f}")
     print(f"model_uri: {record['model_uri']}", flush=True)
 

@@ -1,0 +1,141 @@
+"""What a user can do wrong with the merge command: exit code 2, what / where / fix, no traceback, nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from safetensors.torch import load, save_file
+
+from components.train.__main__ import main as train
+
+PROJECT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_model: Path, tiny_rows: list[dict[str, str]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in tiny_rows), encoding="utf-8")
+    paths = {"--dataset": "rows.jsonl", "--adapter": "adapter", "--curves": "curves.html", "--metrics": "train.json"}
+    AcceleratorState._reset_state(True)
+    train(
+        ["--base_model", str(tiny_model), "--epochs", "1", *(part for flag, name in paths.items() for part in (flag, str(folder / name)))]
+    )
+    AcceleratorState._reset_state(True)
+    return folder / "adapter"
+
+
+def refused(folder: Path, *flags: str) -> str:
+    """What the real command says when it refuses."""
+    paths = {"--adapter": "adapter", "--merge_info": "merge_info.json", "--metrics": "metrics.json"}
+    given = [part for flag, name in paths.items() for part in (flag, str(folder / name))]
+    command = [sys.executable, "-m", "components.merge", *given, *flags]
+    result = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 2, result.stderr
+    assert "Traceback" not in result.stderr
+    assert "fix: " in result.stderr
+    assert not (folder / "model").exists()
+    assert not [path for path in folder.iterdir() if path.name.startswith(".model")]
+    return result.stderr
+
+
+@pytest.fixture
+def spoiled(adapter: Path, tmp_path: Path) -> Path:
+    """A folder with a copy of the adapter, for a test to spoil."""
+    shutil.copytree(adapter, tmp_path / "adapter")
+    return tmp_path
+
+
+def test_a_missing_adapter(tmp_path: Path) -> None:
+    assert "adapter's folder does not exist" in refused(tmp_path, "--output", str(tmp_path / "model"))
+
+
+@pytest.mark.parametrize(
+    ("name", "word"),
+    [
+        ("adapter_model.safetensors", "no weights"),
+        ("adapter_config.json", "LoRA configuration is missing"),
+        ("train_info.json", "train_info.json is missing"),
+        ("chat_format.json", "chat format is missing"),
+    ],
+)
+def test_an_adapter_with_a_file_missing(name: str, word: str, spoiled: Path) -> None:
+    (spoiled / "adapter" / name).unlink()
+    assert word in refused(spoiled, "--output", str(spoiled / "model"))
+
+
+def test_a_broken_or_cut_or_infinite_adapter(spoiled: Path) -> None:
+    weights = spoiled / "adapter" / "adapter_model.safetensors"
+    tensors = load(weights.read_bytes())  # not `load_file`: it maps the file that is written next
+    weights.write_bytes(weights.read_bytes()[:1000])
+    assert "weights are broken" in refused(spoiled, "--output", str(spoiled / "model"))
+    tensors[next(iter(tensors))][0, 0] = float("inf")
+    save_file(tensors, weights, metadata={"format": "pt"})
+    assert "not finite" in refused(spoiled, "--output", str(spoiled / "model"))
+
+
+def test_an_adapter_of_another_base(spoiled: Path, tiny_model: Path) -> None:
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    config = Qwen2Config.from_pretrained(tiny_model)
+    config.hidden_size, config.num_attention_heads = 64, 2
+    Qwen2ForCausalLM(config).save_pretrained(spoiled / "narrow")
+    said = refused(spoiled, "--base_model", str(spoiled / "narrow"), "--output", str(spoiled / "model"))
+    assert "does not fit this base model" in said
+    config = Qwen2Config.from_pretrained(tiny_model)
+    config.num_hidden_layers, config.layer_types = 6, ["full_attention"] * 6
+    Qwen2ForCausalLM(config).save_pretrained(spoiled / "deep")
+    said = refused(spoiled, "--base_model", str(spoiled / "deep"), "--output", str(spoiled / "model"))
+    assert "other layers than this base model" in said
+
+
+def test_a_base_that_is_absent_or_not_causal(spoiled: Path) -> None:
+    assert "does not exist" in refused(spoiled, "--base_model", str(spoiled / "absent"), "--output", str(spoiled / "model"))
+    (spoiled / "bert").mkdir()
+    (spoiled / "bert" / "config.json").write_text('{"architectures": ["BertForMaskedLM"]}', encoding="utf-8")
+    assert "not a causal language model" in refused(spoiled, "--base_model", str(spoiled / "bert"), "--output", str(spoiled / "model"))
+
+
+def test_a_full_disk_is_told_before_the_merge(spoiled: Path) -> None:
+    disk = spoiled / "disk"
+    disk.mkdir()
+    mount = shutil.which("mount")
+    if (
+        mount is None
+        or subprocess.run([mount, "-t", "tmpfs", "-o", "size=1m", "none", str(disk)], check=False, capture_output=True).returncode
+    ):
+        pytest.skip("needs the right to mount a file system")
+    try:
+        said = refused(spoiled, "--output", str(disk / "model"))
+        assert "the disk is too full" in said
+        assert str(disk) in said
+        assert list(disk.iterdir()) == []
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_storage_that_is_down(spoiled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"AWS_ENDPOINT_URL": "http://127.0.0.1:9", "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}.items():
+        monkeypatch.setenv(name, value)
+    assert "object storage refused" in refused(spoiled, "--storage_uri", "s3://bucket", "--output", str(spoiled / "model"))
+
+
+def test_a_gpu_that_is_not_there(spoiled: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert "no GPU" in refused(spoiled, "--device", "cuda", "--output", str(spoiled / "model"))
+
+
+def test_weights_too_large_for_fp16_are_refused(spoiled: Path) -> None:
+    weights = spoiled / "adapter" / "adapter_model.safetensors"
+    tensors = load(weights.read_bytes())  # not `load_file`: it maps the file that is written next
+    for name in tensors:
+        tensors[name] = tensors[name] + (1000.0 if "layers.0.mlp.up_proj" in name else 0.0)
+    save_file(tensors, weights, metadata={"format": "pt"})
+    assert "too large for torch.float16" in refused(spoiled, "--precision", "fp16", "--output", str(spoiled / "model"))
