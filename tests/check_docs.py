@@ -13,20 +13,29 @@ LINK = re.compile(r"\[[^\]]*\]\(([^)#]+)[^)]*\)")
 
 def problems() -> list[str]:
     """What is wrong, one sentence each."""
-    english, chinese = ((PROJECT / name).read_text(encoding="utf-8") for name in ("README.md", "README.zh-CN.md"))
-    found = []
-    commands, translated = (FENCE.findall(text)[1:] for text in (english, chinese))
-    if commands != translated:
-        differing = [a for a, b in zip(commands, translated, strict=False) if a != b]
-        found.append(f"README.md and README.zh-CN.md have different commands: {differing[:1] or 'another number of them'}")
-    levels, levels_translated = (re.findall(r"^(#+) ", FENCE.sub("", text), re.MULTILINE) for text in (english, chinese))
-    if levels != levels_translated:
-        found.append("README.md and README.zh-CN.md have different sections")
+    english = (PROJECT / "README.md").read_text(encoding="utf-8")
+    found = [problem for folder in (PROJECT, PROJECT / "docker") for problem in out_of_step(folder)]
     for path in [*PROJECT.glob("*.md"), *PROJECT.glob("*/README.md")]:
         for target in LINK.findall(path.read_text(encoding="utf-8")):
             if "://" not in target and not (path.parent / target).exists():
                 found.append(f"{path.relative_to(PROJECT)} links to {target}, which is not there")
     return found + unknown_flags(english)
+
+
+def out_of_step(folder: Path) -> list[str]:
+    """Commands and sections that a folder's README has in one language only; the first figure of the main one is drawn in each."""
+    english, chinese = ((folder / name).read_text(encoding="utf-8") for name in ("README.md", "README.zh-CN.md"))
+    name = folder.relative_to(PROJECT) / "README"
+    drawings = int(folder == PROJECT)
+    found = []
+    commands, translated = (FENCE.findall(text)[drawings:] for text in (english, chinese))
+    if commands != translated:
+        differing = [a for a, b in zip(commands, translated, strict=False) if a != b]
+        found.append(f"{name} has different commands in its two languages: {differing[:1] or 'another number of them'}")
+    levels, levels_translated = (re.findall(r"^(#+) ", FENCE.sub("", text), re.MULTILINE) for text in (english, chinese))
+    if levels != levels_translated:
+        found.append(f"{name} has different sections in its two languages")
+    return found
 
 
 def unknown_flags(text: str) -> list[str]:

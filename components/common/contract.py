@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any, Self
 
@@ -116,4 +115,3 @@ class StepOutputs:
         message = {"parameterValues": _finite(parameters or {}), "artifacts": artifacts}
         self._executor_input.output_file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(self._executor_input.output_file, json.dumps(message, ensure_ascii=False, allow_nan=False))
-        os.chmod(self._executor_input.output_file, 0o644)

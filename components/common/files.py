@@ -26,8 +26,8 @@ def write_atomically(path: Path, text: str) -> None:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
+        Path(name).chmod(0o644)
+        Path(name).replace(path)
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
@@ -69,11 +69,11 @@ def whole_folder(target: Path) -> Iterator[Path]:
         open_modes(scratch)
         if target.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
-            os.replace(target, old / "content")
-            os.replace(scratch, target)
+            target.replace(old / "content")
+            scratch.replace(target)
             shutil.rmtree(old, ignore_errors=True)
         else:
-            os.replace(scratch, target)
+            scratch.replace(target)
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise

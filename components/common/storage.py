@@ -145,7 +145,7 @@ def fetch_model(model_uri: str, cache_dir: Path) -> tuple[Path, Manifest]:
             for size in pool.map(lambda name: source.download(name, partial / name, manifest.files[name]), manifest.files):
                 meter.advance(size >> 20)
         write_json(partial / MANIFEST, manifest.to_json())
-        os.replace(partial, target)
+        partial.replace(target)
     return target, verify(target)
 
 

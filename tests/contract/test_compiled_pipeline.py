@@ -170,3 +170,14 @@ def test_a_nested_graph_gets_every_channel_its_tasks_read(spec: dict[str, Any]) 
             for source in [*task["inputs"].get("parameters", {}).values(), *task["inputs"].get("artifacts", {}).values()]:
                 wanted = source.get("componentInputParameter") or source.get("componentInputArtifact")
                 assert wanted is None or wanted in known, f"{task_name} in {name} reads {wanted}"
+
+
+def test_the_storage_secret_of_the_manifests_has_the_keys_that_the_steps_read(
+    documents: list[dict[str, Any]], spec: dict[str, Any]
+) -> None:
+    manifest = Path(medical_qa.pipeline_func.__code__.co_filename).parent / "manifests" / "01-storage-secret.yaml"
+    secret = yaml.safe_load(manifest.read_text(encoding="utf-8"))
+    assert secret["metadata"]["name"] == spec["root"]["inputDefinitions"]["parameters"]["storage_secret"]["defaultValue"]
+    executors = documents[1]["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    for executor in executors.values():
+        assert {key["secretKey"] for key in executor["secretAsEnv"][0]["keyToEnv"]} == set(secret["stringData"])
