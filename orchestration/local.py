@@ -277,7 +277,7 @@ def _name_pages(outputs: dict[str, Any]) -> None:
         if artifact["type"] == "system.HTML" and path.is_file():
             named = path.with_name(f"{path.name}.html")
             named.unlink(missing_ok=True)
-            named.symlink_to(path.name)
+            named.hardlink_to(path)  # not a symlink: a browser judges the file that it leads to
 
 
 def _last_error(log: Path) -> str:

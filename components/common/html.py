@@ -44,8 +44,13 @@ def card(heading: str, content: str) -> str:
     return f'<h2>{heading}</h2><section class="card">{content}</section>'
 
 
+def folded(heading: str, content: str) -> str:
+    """A section that opens on a click: for what is looked up rather than read."""
+    return f'<details><summary><h2 style="display:inline-block">{heading}</h2></summary><section class="card">{content}</section></details>'
+
+
 def table(header: Sequence[str], rows: Iterable[Sequence[object]], *, numeric: Iterable[int] = ()) -> str:
-    """A table of plain values; a cell that already is HTML is passed as `Html`. `numeric` names right-aligned columns."""
+    """A table of plain values, without a head if `header` is all empty; a cell that already is HTML is passed as `Html`. `numeric` names right-aligned columns."""
     right = set(numeric)
 
     def cell(tag: str, index: int, value: object) -> str:
@@ -54,7 +59,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]], *, numeric: I
 
     head = "".join(cell("th", index, value) for index, value in enumerate(header))
     body = "".join(f"<tr>{''.join(cell('td', index, value) for index, value in enumerate(row))}</tr>" for row in rows)
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f"<table>{f'<thead><tr>{head}</tr></thead>' if any(header) else ''}<tbody>{body}</tbody></table>"
 
 
 class Html(str):

@@ -40,9 +40,11 @@ def main(argv: list[str] | None = None) -> int | None:
 
 def _merge(settings: MergeSettings) -> dict[str, Any]:
     """Load, merge, write, report; the record of the merge."""
+    from components.common.device import Compute
+    from components.common.loading import load_causal_lm
     from components.merge.adapter import base_of, read_adapter
     from components.merge.certificate import agreement, answer_ids, answer_logits, require
-    from components.merge.merging import DTYPES, cast, choose_device, load_model, load_tokenizer, merged, put_on
+    from components.merge.merging import DTYPES, cast, choose_device, load_base, merged, put_on
     from components.merge.model_folder import check_model_folder, require_space, write_model_folder
     from components.merge.record import facts_of, record_of, show
 
@@ -50,8 +52,8 @@ def _merge(settings: MergeSettings) -> dict[str, Any]:
     adapter = read_adapter(settings.adapter)
     chat, device, dtype = adapter.chat, choose_device(settings.device), DTYPES[settings.precision]
     base = resolve_base_model(base_of(adapter, settings.base_model))
-    tokenizer = load_tokenizer(adapter.folder)
-    model = put_on(load_model(base, DTYPES["fp32"], device), adapter)
+    model, tokenizer = load_base(base, device, chat)
+    model = put_on(model, adapter)
 
     with _target(settings.folder) as folder:
         require_space(folder, model, dtype)
@@ -62,8 +64,9 @@ def _merge(settings: MergeSettings) -> dict[str, Any]:
         facts = facts_of(adapter, settings, parameters=model.num_parameters())
         write_model_folder(folder, cast(model, dtype), tokenizer, chat, facts)
         del model  # the saved one is loaded next: never both in memory
-        check_model_folder(folder, tokenizer, chat)
-        saved = agreement(expected, answer_logits(load_model(folder, dtype, device), tokenizer, chat), labels)
+        model, saved_tokenizer = load_causal_lm(folder, Compute(device, dtype, ""))  # as the service will
+        check_model_folder(folder, saved_tokenizer, tokenizer, chat)
+        saved = agreement(expected, answer_logits(model, saved_tokenizer, chat), labels)
         manifest = Manifest.of_folder(folder, facts)
         write_json(folder / MANIFEST, manifest.to_json())
         model_uri = (

@@ -9,14 +9,16 @@ from typing import Any
 
 import torch
 
-from components.common.device import choose_compute
+from components.common.chat import ChatFormat
+from components.common.device import Compute, choose_compute
 from components.common.errors import ModelError, UserError
+from components.common.loading import load_causal_lm
 from components.merge.adapter import WEIGHTS, Adapter
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-def choose_device(asked: str) -> str:
+def choose_device(asked: str) -> Any:
     """The device to merge on, printed with its reason.
 
     Raises:
@@ -25,51 +27,27 @@ def choose_device(asked: str) -> str:
     compute = choose_compute("fp32")
     if asked == "cuda" and compute.device.type != "cuda":
         raise UserError("there is no GPU", where="--device cuda", fix="use --device cpu, or auto")
-    device = compute.device.type if asked == "auto" else asked
-    print(f"merging in fp32 on {device} ({'as asked' if asked != 'auto' else compute.reason})", flush=True)
-    return str(device)
+    device = compute.device if asked == "auto" else torch.device(asked)
+    print(f"merging in fp32; {compute.reason if device == compute.device else f'device: {asked} (as asked)'}", flush=True)
+    return device
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a folder.
-
-    Raises:
-        ModelError: missing or broken.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(
-            f"the tokenizer can't be loaded: {_first_line(error)}", where=str(folder), fix="run the step before again"
-        ) from None
-
-
-def load_model(folder: Path, dtype: torch.dtype, device: str) -> Any:
-    """A causal language model for inference; never quantised, because merging into 4-bit weights destroys the model (d06).
+def load_base(folder: Path, device: Any, chat: ChatFormat) -> tuple[Any, Any]:
+    """The base model in fp32, and its tokenizer.
 
     Raises:
-        ModelError: broken or incomplete.
+        ModelError: broken, quantised (merging into 4-bit weights destroys a model, d06), or of another chat format than the adapter's.
     """
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, device_map={"": device}, use_safetensors=True, local_files_only=True, output_loading_info=True
-        )
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise ModelError(f"the model can't be loaded: {_first_line(error)}", where=str(folder), fix="fetch the model again") from None
-    model, report = loaded
-    if report["missing_keys"]:  # the library would go on with random weights
-        names = ", ".join(sorted(report["missing_keys"])[:3])
-        raise ModelError(f"{len(report['missing_keys'])} weights are missing: {names}", where=str(folder), fix="fetch the model again")
+    model, tokenizer = load_causal_lm(folder, Compute(device, torch.float32, ""))
     if getattr(model, "hf_quantizer", None) is not None:
         raise ModelError("the base model is quantised", where=str(folder), fix="merge into the base model in its original precision")
-    return model.eval()
+    if ChatFormat.of_tokenizer(tokenizer, chat.system_prompt).digest != chat.digest:
+        raise ModelError(
+            "the base model's tokenizer or chat template is not the one that the adapter was trained with",
+            where=str(folder),
+            fix="merge the adapter into the base model that it was trained on",
+        )
+    return model, tokenizer
 
 
 def put_on(base: Any, adapter: Adapter) -> Any:

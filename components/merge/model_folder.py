@@ -13,7 +13,6 @@ from components.common.chat import ChatFormat
 from components.common.errors import ModelError, StorageError
 from components.common.files import write_json
 from components.merge.certificate import PROBES
-from components.merge.merging import load_tokenizer
 
 INFO_FILE = "merge_info.json"
 SHARD_SIZE = "5GB"  # files of a large model travel side by side
@@ -48,16 +47,19 @@ def write_model_folder(folder: Path, model: Any, tokenizer: Any, chat: ChatForma
     write_json(folder / INFO_FILE, info)
 
 
-def check_model_folder(folder: Path, tokenizer: Any, chat: ChatFormat) -> None:
-    """Read the tokenizer, chat format and generation config back: the same ids, template and stop ids as in training.
+def check_model_folder(folder: Path, saved_tokenizer: Any, tokenizer: Any, chat: ChatFormat) -> None:
+    """Read the chat format and generation config back: with the tokenizer, the same ids, template and stop ids as in training.
+
+    Args:
+        saved_tokenizer: the tokenizer of `folder`, read back.
+        tokenizer: the one that the adapter was trained with.
 
     Raises:
         ModelError: one of them differs.
     """
     from transformers import GenerationConfig
 
-    saved_tokenizer, saved_chat = load_tokenizer(folder), ChatFormat.load(folder)
-    generation = GenerationConfig.from_pretrained(folder)
+    saved_chat, generation = ChatFormat.load(folder), GenerationConfig.from_pretrained(folder)
     checks = {
         "token ids": all(saved_chat.example(saved_tokenizer, *probe) == chat.example(tokenizer, *probe) for probe in PROBES),
         "chat format": saved_chat.digest == chat.digest,

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from components.common.html import Html, both, card, escape, line_chart, page, table
+from components.common.html import Html, both, card, escape, folded, line_chart, page, table
 from components.report.graph import STATE_NAMES, graph_svg
 
 MAX_EXAMPLES = 8
@@ -32,9 +32,9 @@ def render_run(record: dict[str, Any], run_dir: Path, page_dir: Path) -> str:
         _verdict(decision, results),
         _service(steps),
         _steps_table(steps, run_dir, page_dir),
-        _metrics(steps),
-        _loss_curve(steps),
         _examples(results),
+        _loss_curve(steps),
+        _metrics(steps),
         _parameters(record["parameters"]),
     ]
     return page(f"medical-qa run {record['id']}", body)
@@ -119,7 +119,7 @@ def _metrics(steps: dict[str, dict[str, Any]]) -> str:
     for name, facts in steps.items():
         metadata = facts.get("outputs", {}).get("artifacts", {}).get("metrics", {}).get("metadata", {})
         rows += [(name, key, f"{value:,.4g}" if isinstance(value, float) else value) for key, value in sorted(metadata.items())]
-    return card(both("Metrics", "指标"), table(["step 步骤", "metric 指标", "value 值"], rows, numeric=[2])) if rows else ""
+    return folded(both("Metrics", "指标"), table(["step 步骤", "metric 指标", "value 值"], rows, numeric=[2])) if rows else ""
 
 
 def _loss_curve(steps: dict[str, dict[str, Any]]) -> str:
@@ -148,7 +148,7 @@ def _examples(results: dict[str, Any]) -> str:
 
 def _parameters(parameters: dict[str, Any]) -> str:
     rows = [(name, json.dumps(value, ensure_ascii=False)) for name, value in parameters.items()]
-    return card(both("Parameters", "参数"), table(["name 名称", "value 值"], rows))
+    return folded(both("Parameters", "参数"), table(["name 名称", "value 值"], rows))
 
 
 def _link(target: Path, page_dir: Path, text: str) -> str:

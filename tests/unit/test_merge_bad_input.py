@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -83,16 +84,25 @@ def test_a_broken_or_cut_or_infinite_adapter(spoiled: Path) -> None:
 def test_an_adapter_of_another_base(spoiled: Path, tiny_model: Path) -> None:
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    config = Qwen2Config.from_pretrained(tiny_model)
-    config.hidden_size, config.num_attention_heads = 64, 2
-    Qwen2ForCausalLM(config).save_pretrained(spoiled / "narrow")
-    said = refused(spoiled, "--base_model", str(spoiled / "narrow"), "--output", str(spoiled / "model"))
-    assert "does not fit this base model" in said
-    config = Qwen2Config.from_pretrained(tiny_model)
-    config.num_hidden_layers, config.layer_types = 6, ["full_attention"] * 6
-    Qwen2ForCausalLM(config).save_pretrained(spoiled / "deep")
-    said = refused(spoiled, "--base_model", str(spoiled / "deep"), "--output", str(spoiled / "model"))
-    assert "other layers than this base model" in said
+    def other_base(name: str, **changes: Any) -> str:
+        config = Qwen2Config.from_pretrained(tiny_model)
+        for key, value in changes.items():
+            setattr(config, key, value)
+        shutil.copytree(tiny_model, spoiled / name)
+        Qwen2ForCausalLM(config).save_pretrained(spoiled / name)
+        return str(spoiled / name)
+
+    narrow = other_base("narrow", hidden_size=64, num_attention_heads=2)
+    assert "does not fit this base model" in refused(spoiled, "--base_model", narrow, "--output", str(spoiled / "model"))
+    deep = other_base("deep", num_hidden_layers=6, layer_types=["full_attention"] * 6)
+    assert "other layers than this base model" in refused(spoiled, "--base_model", deep, "--output", str(spoiled / "model"))
+
+
+def test_a_base_with_another_chat_template(spoiled: Path, tiny_model: Path) -> None:
+    other = Path(shutil.copytree(tiny_model, spoiled / "other"))
+    (other / "chat_template.jinja").write_text("{{ messages[0].content }}<|im_end|>", encoding="utf-8")
+    said = refused(spoiled, "--base_model", str(other), "--output", str(spoiled / "model"))
+    assert "not the one that the adapter was trained with" in said
 
 
 def test_a_base_that_is_absent_or_not_causal(spoiled: Path) -> None:

@@ -114,8 +114,8 @@ def test_the_probes_are_compared_where_the_answer_is(adapted: Any, tokenizer: Pr
         assert int(ids[-1]) == chat.end_of_turn_id
         assert len(logits) == len(ids)
     question, answer = PROBES[0]
-    ids, mask = chat.example(tokenizer, question, answer)
+    row, mask = chat.example(tokenizer, question, answer)
     with torch.no_grad():
-        whole = adapted(torch.tensor([ids])).logits[0]
+        whole = adapted(torch.tensor([row])).logits[0]
     found = answer_logits(adapted, tokenizer, chat)[0]
     torch.testing.assert_close(found, whole[[index - 1 for index, wanted in enumerate(mask) if wanted]])

@@ -23,24 +23,25 @@ from components.common.files import sha256_file
 from components.common.storage import fetch_model, read_manifest, verify
 from components.merge.__main__ import main
 from components.train.__main__ import main as train
+from tests.rows import write_rows
 
 PROJECT = Path(__file__).resolve().parents[2]
 
 
-def train_adapter(folder: Path, model: Path, rows: list[dict[str, str]], *flags: str) -> Path:
+def train_adapter(folder: Path, model: Path, *flags: str) -> Path:
     folder.mkdir(exist_ok=True)
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    write_rows(folder / "rows.jsonl")
     paths = {"--dataset": "rows.jsonl", "--adapter": "adapter", "--curves": "curves.html", "--metrics": "train.json"}
     given = [part for flag, name in paths.items() for part in (flag, str(folder / name))]
     AcceleratorState._reset_state(True)
-    train([*given, "--base_model", str(model), "--epochs", "1", "--learning_rate", "5e-3", "--lora_r", "8", *flags])
+    train([*given, "--base_model", str(model), "--epochs", "3", "--learning_rate", "5e-3", "--lora_r", "8", *flags])
     AcceleratorState._reset_state(True)
     return folder / "adapter"
 
 
 @pytest.fixture(scope="module")
-def adapter(tiny_model: Path, tiny_rows: list[dict[str, str]], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train_adapter(tmp_path_factory.mktemp("trained"), tiny_model, tiny_rows[1::2], "--epochs", "15")
+def adapter(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train_adapter(tmp_path_factory.mktemp("trained"), tiny_model)
 
 
 def flags_for(folder: Path, adapter: Path) -> list[str]:
@@ -61,11 +62,11 @@ def record_of(folder: Path) -> dict[str, Any]:
 
 
 def test_the_original_command_works_as_written(
-    tiny_model: Path, tiny_rows: list[dict[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     shutil.copytree(tiny_model, tmp_path / "Qwen" / "Qwen2.5-7B-Instruct")
-    adapter = train_adapter(tmp_path / "work", Path("Qwen/Qwen2.5-7B-Instruct"), tiny_rows[1::2])
+    adapter = train_adapter(tmp_path / "work", Path("Qwen/Qwen2.5-7B-Instruct"))
     adapter.rename(tmp_path / "qwen-medical-qa-lora")
     command = "--base_model Qwen/Qwen2.5-7B-Instruct --lora_model ./qwen-medical-qa-lora --output ./qwen-medical-qa-merged --device auto --compare"
     main(command.split())
@@ -138,13 +139,13 @@ def test_d07_the_reloaded_folder_has_the_same_ids_template_and_stop_ids(
     assert tokenizer.pad_token_id == chat.pad_id
 
 
-def test_d07_generation_stops(merged: Path, tiny_model: Path, tiny_rows: list[dict[str, str]]) -> None:
+def test_d07_generation_stops(merged: Path) -> None:
     chat, tokenizer = ChatFormat.load(merged / "model"), AutoTokenizer.from_pretrained(merged / "model")
-    model = AutoModelForCausalLM.from_pretrained(merged / "model")
-    prompt = torch.tensor([chat.prompt_ids(tokenizer, tiny_rows[1]["question"])])
-    output = model.generate(prompt, do_sample=False, max_new_tokens=600)[0, prompt.shape[1] :].tolist()
+    model: Any = AutoModelForCausalLM.from_pretrained(merged / "model")
+    prompt = torch.tensor([chat.prompt_ids(tokenizer, "肺部感染怎么办？")])
+    output = model.generate(prompt, do_sample=False, max_new_tokens=300)[0, prompt.shape[1] :].tolist()
     assert output[-1] in chat.stop_ids
-    assert len(output) < 600
+    assert 10 < len(output) < 300
 
 
 def test_d07_a_folder_that_differs_from_what_was_trained_is_refused(merged: Path, adapter: Path, tmp_path: Path) -> None:
@@ -152,7 +153,7 @@ def test_d07_a_folder_that_differs_from_what_was_trained_is_refused(merged: Path
     from components.merge.model_folder import check_model_folder
 
     tokenizer, chat = AutoTokenizer.from_pretrained(adapter), ChatFormat.load(adapter)
-    check_model_folder(merged / "model", tokenizer, chat)
+    check_model_folder(merged / "model", AutoTokenizer.from_pretrained(merged / "model"), tokenizer, chat)
 
     def spoil(name: str, change: dict[str, Any]) -> Path:
         folder = Path(shutil.copytree(merged / "model", tmp_path / name.replace(".", "-")))
@@ -165,7 +166,7 @@ def test_d07_a_folder_that_differs_from_what_was_trained_is_refused(merged: Path
         (spoil("tokenizer_config.json", {"pad_token": "<|im_end|>"}), "pad id"),
     ):
         with pytest.raises(ModelError, match=word):
-            check_model_folder(folder, tokenizer, chat)
+            check_model_folder(folder, AutoTokenizer.from_pretrained(folder), tokenizer, chat)
 
 
 def test_the_same_merge_gives_the_same_bytes(merged: Path, adapter: Path, tmp_path: Path) -> None:
@@ -235,9 +236,9 @@ def test_kfp_gets_the_address_as_a_parameter(adapter: Path, tiny_model: Path, tm
 
 
 def test_an_adapter_trained_in_4bit_is_merged_into_the_full_base(
-    tiny_model: Path, tiny_rows: list[dict[str, str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    adapter = train_adapter(tmp_path / "work", tiny_model, tiny_rows[1::2], "--load_in_4bit")
+    adapter = train_adapter(tmp_path / "work", tiny_model, "--load_in_4bit")
     main([*flags_for(tmp_path, adapter), "--output", str(tmp_path / "model")])
     record = record_of(tmp_path)
     assert record["trained_in_4bit"]
@@ -247,10 +248,8 @@ def test_an_adapter_trained_in_4bit_is_merged_into_the_full_base(
     assert {weight.dtype for weight in load_file(tmp_path / "model" / "model.safetensors").values()} == {torch.bfloat16}
 
 
-def test_a_model_that_a_bad_learning_rate_broke_is_merged_all_the_same(
-    tiny_model: Path, tiny_rows: list[dict[str, str]], tmp_path: Path
-) -> None:
-    adapter = train_adapter(tmp_path / "work", tiny_model, tiny_rows[::2], "--learning_rate", "10")
+def test_a_model_that_a_bad_learning_rate_broke_is_merged_all_the_same(tiny_model: Path, tmp_path: Path) -> None:
+    adapter = train_adapter(tmp_path / "work", tiny_model, "--learning_rate", "10")
     main([*flags_for(tmp_path, adapter), "--output", str(tmp_path / "model")])
     assert (tmp_path / "model" / "model.safetensors").is_file()
     assert all(isinstance(value, (int, float)) for value in record_of(tmp_path)["metrics"].values())

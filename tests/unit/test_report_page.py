@@ -71,7 +71,7 @@ def test_a_run_with_everything(tmp_path: Path) -> None:
     }
     (record.folder / "results").write_text(json.dumps(results))
     (record.folder / "report").write_text("<html>")
-    (record.folder / "report.html").symlink_to("report")
+    (record.folder / "report.html").hardlink_to(record.folder / "report")
     artifact = {"type": "system.Artifact", "metadata": {}}
     record.update(
         "train",

@@ -41,7 +41,7 @@ def test_d17_bf16_is_chosen_where_the_device_has_it(tiny_model: Path, monkeypatc
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
     for asked in ("auto", "fp16"):
-        compute, choices = choose_precision(asked, tiny_model)  # type: ignore[arg-type]
+        compute, choices = choose_precision(asked, tiny_model)
         assert compute.dtype == torch.bfloat16, asked
         assert "natively" in next(choice.reason for choice in choices if choice.name == "precision")
 

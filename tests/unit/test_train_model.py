@@ -32,7 +32,7 @@ class NoWriter:
 
     def add_scalar(self, name: str, value: float, step: int) -> None:
         assert name
-        assert step
+        assert step >= 0
         assert isinstance(value, float)
 
 
@@ -111,12 +111,13 @@ def test_d18_4bit_is_nf4_with_double_quantisation_and_computes_in_the_chosen_pre
 
     for compute in (BF16, FP32):
         model = add_lora(load_base(tiny_model, compute, load_in_4bit=True), TrainSettings())
-        layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
+        layers: list[Any] = [module for module in model.modules() if isinstance(module, Linear4bit)]
         assert len(layers) == 4 * 7
         for layer in layers:
             assert layer.compute_dtype == compute.dtype
-            assert layer.weight.quant_state.quant_type == "nf4"
-            assert layer.weight.quant_state.nested
+            state: Any = layer.weight.quant_state
+            assert state.quant_type == "nf4"
+            assert state.nested
 
 
 def test_evaluating_between_steps_leaves_a_4bit_model_as_it_was(tiny_model: Path, examples: list[Example]) -> None:
