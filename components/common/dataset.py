@@ -62,8 +62,9 @@ def load_split(dataset: Path, split: str) -> Dataset:
     Raises:
         DataError: missing, broken, of another layout, or without rows.
     """
-    from datasets import Dataset
+    from datasets import Dataset, disable_progress_bars
 
+    disable_progress_bars()
     read_info(dataset)
     if dataset.is_file():
         rows: Dataset = Dataset.from_list(list(_plain_rows(dataset)))

@@ -7,6 +7,7 @@ where, and how to mend it. A bug exits with 1 and a traceback.
 from __future__ import annotations
 
 import errno
+import signal
 import sys
 from collections.abc import Callable
 
@@ -52,6 +53,11 @@ class ServiceError(UserError):
     """A service, a port, the Docker Engine or a cluster did not do what was asked."""
 
 
+def first_line(error: Exception) -> str:
+    """The start of a library's message, on one line, for a message of ours."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
 def explain_os_error(error: OSError) -> UserError | None:
     """The user's view of an operating-system error, or None where it is our bug."""
     where = str(error.filename or "")
@@ -73,7 +79,11 @@ def explain_os_error(error: OSError) -> UserError | None:
 
 
 def run_command(main: Callable[[], int | None]) -> None:
-    """Run a command's `main` and exit with the code that its outcome deserves."""
+    """Run a command's `main` and exit with the code that its outcome deserves.
+
+    SIGTERM interrupts like Ctrl-C, so that scratch folders are cleaned and children stopped.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         sys.exit(main() or 0)
     except UserError as error:

@@ -66,7 +66,7 @@ class Html(str):
     """A string that is HTML already."""
 
 
-def line_chart(series: Mapping[str, Sequence[tuple[float, float]]], *, x_label: str, y_label: str) -> str:
+def line_chart(series: Mapping[str, Sequence[tuple[float, float]]], *, x_label: str) -> str:
     """A line chart as inline SVG; `series` maps a name to its (x, y) points. At most four series."""
     points = [point for line in series.values() for point in line]
     if not points:
@@ -97,7 +97,5 @@ def line_chart(series: Mapping[str, Sequence[tuple[float, float]]], *, x_label: 
         parts.append(
             f'<rect x="{left + 10 + 150 * index}" y="{top - 8}" width="10" height="10" fill="{colour}"/><text x="{left + 25 + 150 * index}" y="{top + 1}">{escape(name)}</text>'
         )
-    parts.append(
-        f'<text x="{width - right}" y="{height - 4}" text-anchor="end">{escape(x_label)}</text><text x="4" y="{top - 2}">{escape(y_label)}</text>'
-    )
+    parts.append(f'<text x="{width - right}" y="{height - 4}" text-anchor="end">{escape(x_label)}</text>')
     return f'<svg viewBox="0 0 {width} {height}" role="img">{"".join(parts)}</svg>'

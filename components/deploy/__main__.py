@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from typing import TYPE_CHECKING
 
 from components.common.errors import UserError, run_command
@@ -22,8 +21,6 @@ def main(argv: list[str] | None = None) -> None:
     from components.deploy.rollout import Record, former_model, roll, stop
     from components.deploy.status import show_live, status_table
 
-    # A cancelled step is told by SIGTERM: the candidate must not outlive it.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     folder = ServiceFolder(settings.state_dir, settings.service_name)
     if settings.action == "status":
         print(status_table(_target(settings, folder), folder))

@@ -12,7 +12,7 @@ from typing import Any
 
 from components.common.errors import ServiceError
 from components.common.files import read_json, write_atomically, write_json
-from components.deploy.detached import DetachedProcess
+from components.deploy.detached import DetachedProcess, signals_deferred
 from components.deploy.folder import ServiceFolder
 from components.deploy.front import Forward, join_address, split_address
 from components.deploy.model import Model
@@ -80,9 +80,10 @@ class ProcessTarget:
             "log_file": os.devnull,  # its output is in our log already
         }
         command = [*SERVE, *(str(part) for flag, value in flags.items() for part in (f"--{flag}", value))]
-        process = DetachedProcess.start(command, log=log, cwd=PROJECT)
-        server = Server(name, model.uri, model.digest, address, address, f"process {process.pid}", str(log))
-        write_json(self._record(server), {"server": asdict(server), "process": asdict(process)})
+        with signals_deferred():  # a server without a record would outlive an interrupted rollout
+            process = DetachedProcess.start(command, log=log, cwd=PROJECT)
+            server = Server(name, model.uri, model.digest, address, address, f"process {process.pid}", str(log))
+            write_json(self._record(server), {"server": asdict(server), "process": asdict(process)})
         return server
 
     def is_running(self, server: Server) -> bool:

@@ -167,8 +167,10 @@ def _put_back(target: Target, former: Server | None, candidate: Server | None, o
         time.sleep(SETTLE_S)
     if opened and former is None:
         target.stop_all()
-    elif candidate:
-        target.stop(candidate)
+    else:
+        for server in target.servers():  # the candidate, also one whose start was interrupted
+            if former is None or server.name != former.name:
+                target.stop(server)
     return "failed" if former is None else "rolled_back" if moved else "kept_former"
 
 

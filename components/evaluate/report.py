@@ -86,7 +86,7 @@ def _nll_chart(results: dict[str, Any]) -> str:
     finite = sorted(value for value in values if None not in value)
     series = {" ".join(MODELS[name]): [(rank, row[at]) for rank, row in enumerate(finite, 1)] for at, name in enumerate(names)}
     note = both("Nats per token; rows in the order of the first line; lower is better.", "单位 nat/词元；按第一条线的数值排序；越低越好。")
-    return line_chart(series, x_label="row 行", y_label="") + f'<p class="soft">{note}</p>'
+    return line_chart(series, x_label="row 行") + f'<p class="soft">{note}</p>'
 
 
 def _lengths(results: dict[str, Any]) -> str:
@@ -103,7 +103,7 @@ def _lengths(results: dict[str, Any]) -> str:
                 numbers = [_number(statistics[unit[0]][key]) for key in ("mean", "median", "p10", "p90")]
                 ratio = _number(statistics["ratio_to_reference"]) if unit[0] == "characters" else ""
                 lines.append([Html(both(*label)), Html(both(*unit)), *numbers, ratio])
-    chart = line_chart(series, x_label="row 行", y_label="")
+    chart = line_chart(series, x_label="row 行")
     note = both("Characters; rows in the order of their reference's length.", "单位：字符；按参考答案长度排序。")
     return f'{chart}<p class="soft">{note}</p>' + table(header, lines, numeric=range(2, 7))
 

@@ -18,16 +18,19 @@ from components.common.base_model import resolve_base_model
 from components.common.errors import UserError, run_command
 from components.common.files import whole_folder, write_json
 from components.common.storage import MANIFEST, Manifest, store_model
+from components.merge.adapter import Adapter, base_of, read_adapter
 from components.merge.config import MergeSettings
 
 
 def main(argv: list[str] | None = None) -> int | None:
     """Run the merge step."""
     settings, outputs = MergeSettings.parse("python -m components.merge", argv)
-    import torch
+    adapter = read_adapter(settings.adapter)
+    base = resolve_base_model(base_of(adapter, settings.base_model))
+    import torch  # after all that can be wrong with the inputs: it takes seconds
 
     try:
-        info = _merge(settings)
+        info = _merge(settings, adapter, base)
     except torch.OutOfMemoryError:
         raise UserError("the GPU's memory is full: an fp32 merge needs 4 bytes a parameter", fix="merge with --device cpu") from None
     facts = ("base_model", "adapter_digest", "data_digest", "chat_digest", "model_digest", "model_uri")
@@ -38,20 +41,17 @@ def main(argv: list[str] | None = None) -> int | None:
     return None
 
 
-def _merge(settings: MergeSettings) -> dict[str, Any]:
+def _merge(settings: MergeSettings, adapter: Adapter, base: Path) -> dict[str, Any]:
     """Load, merge, write, report; the record of the merge."""
     from components.common.device import Compute
     from components.common.loading import load_causal_lm
-    from components.merge.adapter import base_of, read_adapter
     from components.merge.certificate import agreement, answer_ids, answer_logits, require
     from components.merge.merging import DTYPES, cast, choose_device, load_base, merged, put_on
     from components.merge.model_folder import check_model_folder, require_space, write_model_folder
     from components.merge.record import facts_of, record_of, show
 
     started = time.monotonic()
-    adapter = read_adapter(settings.adapter)
     chat, device, dtype = adapter.chat, choose_device(settings.device), DTYPES[settings.precision]
-    base = resolve_base_model(base_of(adapter, settings.base_model))
     model, tokenizer = load_base(base, device, chat)
     model = put_on(model, adapter)
 

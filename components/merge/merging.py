@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +9,8 @@ import torch
 
 from components.common.chat import ChatFormat
 from components.common.device import Compute, choose_compute
-from components.common.errors import ModelError, UserError
-from components.common.loading import load_causal_lm
+from components.common.errors import ModelError, UserError, first_line
+from components.common.loading import load_causal_lm, quiet_libraries
 from components.merge.adapter import WEIGHTS, Adapter
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -56,7 +54,7 @@ def put_on(base: Any, adapter: Adapter) -> Any:
     Raises:
         ModelError: the adapter is broken, or belongs to a model of other shapes.
     """
-    _quiet_libraries()
+    quiet_libraries()
     from peft import PeftModel, get_peft_model_state_dict
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -65,14 +63,14 @@ def put_on(base: Any, adapter: Adapter) -> Any:
     try:
         weights = load_file(adapter.folder / WEIGHTS)
     except SafetensorError as error:
-        raise ModelError(f"the adapter's weights are broken: {_first_line(error)}", where=where, fix="run the train step again") from None
+        raise ModelError(f"the adapter's weights are broken: {first_line(error)}", where=where, fix="run the train step again") from None
     unusable = [name for name, weight in weights.items() if not weight.isfinite().all()]
     if unusable:
         raise ModelError(f"the adapter has weights that are not finite numbers: {unusable[0]}", where=where, fix="train it again")
     try:
         model = PeftModel.from_pretrained(base, str(adapter.folder), autocast_adapter_dtype=False)
     except (RuntimeError, ValueError) as error:
-        raise ModelError(f"the adapter does not fit this base model: {_first_line(error)}", where=where, fix=fix) from None
+        raise ModelError(f"the adapter does not fit this base model: {first_line(error)}", where=where, fix=fix) from None
     # The library only warns about weights that find no place, and leaves those layers as they were.
     strangers = weights.keys() ^ get_peft_model_state_dict(model, save_embedding_layers=False).keys()
     if strangers:
@@ -90,7 +88,7 @@ def merged(model: Any) -> Any:
         return model.merge_and_unload(safe_merge=True)
     except ValueError as error:
         raise ModelError(
-            f"the merged weights are not finite numbers: {_first_line(error)}", fix="train with a lower learning rate"
+            f"the merged weights are not finite numbers: {first_line(error)}", fix="train with a lower learning rate"
         ) from None
 
 
@@ -105,13 +103,3 @@ def cast(model: Any, dtype: torch.dtype) -> Any:
         if not weight.isfinite().all():
             raise ModelError(f"a merged weight is too large for {dtype}: {name}", fix="use --precision bf16")
     return model
-
-
-def _first_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
-
-
-def _quiet_libraries() -> None:
-    """Drop what the libraries tell each other when peft is loaded: a hint to a package that downloads code, a renamed attribute."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")

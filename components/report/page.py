@@ -132,7 +132,7 @@ def _loss_curve(steps: dict[str, dict[str, Any]]) -> str:
         "training 训练": [(epoch["step"], epoch["train_loss"]) for epoch in epochs],
         "validation 验证": [(0, base), *((epoch["step"], epoch["validation_loss"]) for epoch in epochs)],
     }
-    return card(both("Loss", "损失"), line_chart(series, x_label="optimizer step 优化步", y_label="NLL / token"))
+    return card(both("Loss, nats per token", "损失（nat/词元）"), line_chart(series, x_label="optimizer step 优化步"))
 
 
 def _examples(results: dict[str, Any]) -> str:

@@ -102,7 +102,7 @@ def metrics(run: Run, data: Data, seconds: dict[str, float]) -> dict[str, float]
         "train_loss": run.best.train_loss,
         "validation_loss": run.best.validation_loss,
         "validation_loss_base": run.validation_loss_base,
-        "tokens_per_second": round(run.tokens_per_second, 1),
+        "tokens_per_second": round(run.tokens_per_second(), 1),
         "seconds": round(seconds["total"], 1),
         "rows_dropped": len(data.train.dropped_lines) + len(data.validation.dropped_lines),
     }

@@ -51,7 +51,7 @@ def _chart(run: Run) -> str:
         "smoothed · 平滑": smoothed(raw),
         "validation · 验证": [point for point in validation if math.isfinite(point[1])],
     }
-    return line_chart(series, x_label="optimizer step · 优化步", y_label="loss · 损失")
+    return line_chart(series, x_label="optimizer step · 优化步")
 
 
 def _verdict(run: Run) -> str:
@@ -101,7 +101,7 @@ def _facts(info: dict[str, Any]) -> str:
         ),
         ("versions", "版本", ", ".join(f"{name} {number}" for name, number in info["versions"].items())),
     )
-    return table(["", ""], ((Html(both(english, chinese)), value) for english, chinese, value in facts))
+    return table(["name 名称", "value 值"], ((Html(both(english, chinese)), value) for english, chinese, value in facts))
 
 
 def _choices(choices: Sequence[dict[str, Any]]) -> str:

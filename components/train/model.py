@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from components.common.device import Compute
-from components.common.errors import ModelError
+from components.common.errors import ModelError, first_line
+from components.common.loading import quiet_libraries
 from components.train.config import TrainSettings
 
 
@@ -28,7 +27,7 @@ def load_tokenizer(base: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(base, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"the tokenizer can't be loaded: {_first_line(error)}", where=str(base), fix="fetch the model again") from None
+        raise ModelError(f"the tokenizer can't be loaded: {first_line(error)}", where=str(base), fix="fetch the model again") from None
 
 
 def load_base(base: Path, compute: Compute, *, load_in_4bit: bool = False) -> Any:
@@ -37,6 +36,7 @@ def load_base(base: Path, compute: Compute, *, load_in_4bit: bool = False) -> An
     Raises:
         ModelError: broken, incomplete, or of a kind that the library does not know.
     """
+    quiet_libraries()
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
@@ -53,7 +53,7 @@ def load_base(base: Path, compute: Compute, *, load_in_4bit: bool = False) -> An
             output_loading_info=True,
         )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise ModelError(f"the base model can't be loaded: {_first_line(error)}", where=str(base), fix="fetch the model again") from None
+        raise ModelError(f"the base model can't be loaded: {first_line(error)}", where=str(base), fix="fetch the model again") from None
     model, report = loaded
     if report["missing_keys"]:  # the library would go on with random weights
         names = ", ".join(sorted(report["missing_keys"])[:3])
@@ -68,7 +68,6 @@ def add_lora(model: Any, settings: TrainSettings) -> Any:
 
     Method: LoRA (arXiv 2106.09685), y = W x + alpha / r · B A x with B = 0 at the start.
     """
-    _quiet_libraries()
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(settings.seed)
@@ -107,13 +106,3 @@ def _nf4(compute: Compute) -> Any:
     return BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute.dtype
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-
-
-def _quiet_libraries() -> None:
-    """Drop what the libraries tell each other when peft is loaded: a hint to a package that downloads code, a renamed attribute."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")

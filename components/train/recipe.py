@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 FINAL_LEARNING_RATE_SHARE = 0.1
+SHOWN_STEPS = 20  # the progress line's speed is that of so many steps
 Weights = list[torch.Tensor]
 
 
@@ -57,10 +58,10 @@ class Run:
     checkpoints: list[Checkpoint] = field(default_factory=list)
     stopped_because: str = ""
 
-    @property
-    def tokens_per_second(self) -> float:
-        """Real tokens over the time spent in optimizer steps."""
-        return sum(step.tokens for step in self.steps) / (sum(step.seconds for step in self.steps) or math.inf)
+    def tokens_per_second(self, last_steps: int = 0) -> float:
+        """Real tokens over the time spent in optimizer steps: in all of them, or in the last few."""
+        steps = self.steps[-last_steps:]
+        return sum(step.tokens for step in steps) / (sum(step.seconds for step in steps) or math.inf)
 
 
 def train(
@@ -113,7 +114,7 @@ def train(
             tokens = sum(int(batch.attention.sum()) for batch in batches)
             run.steps.append(Step(number, loss, grad_norm, rate, tokens, trainable_tokens(batches), time.monotonic() - started))
             _log_step(writer, run.steps[-1])
-            meter.advance(note=f"loss {loss:.3f}, {run.tokens_per_second:.0f} tokens/s")
+            meter.advance(note=f"loss {loss:.3f}, {run.tokens_per_second(SHOWN_STEPS):.0f} tokens/s")
             if number % plan.steps_an_epoch == 0 or number == plan.steps:
                 _evaluate(run, model, parameters, validation_rows, plan.batch_size, pad_id, accelerator)
                 writer.add_scalar("validation/loss", run.checkpoints[-1].validation_loss, number)

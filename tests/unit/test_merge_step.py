@@ -19,6 +19,7 @@ from safetensors.torch import load, load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from components.common.chat import ChatFormat
+from components.common.errors import ModelError
 from components.common.files import sha256_file
 from components.common.storage import fetch_model, read_manifest, verify
 from components.merge.__main__ import main
@@ -122,6 +123,16 @@ def test_d06_the_merged_weights_are_base_plus_scaled_product(merged: Path, adapt
         assert model[name].dtype == torch.bfloat16
 
 
+def test_d06_a_merge_with_a_wrong_scale_is_never_written(adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from peft.tuners.lora.layer import Linear
+
+    right = Linear.get_delta_weight
+    monkeypatch.setattr(Linear, "get_delta_weight", lambda self, name: right(self, name) * 1.05)
+    with pytest.raises(ModelError, match="not what was trained"):
+        main([*flags_for(tmp_path, adapter), "--output", str(tmp_path / "model"), "--storage_uri", f"file://{tmp_path}/store"])
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_d07_the_reloaded_folder_has_the_same_ids_template_and_stop_ids(
     merged: Path, adapter: Path, tiny_rows: list[dict[str, str]]
 ) -> None:
@@ -149,7 +160,6 @@ def test_d07_generation_stops(merged: Path) -> None:
 
 
 def test_d07_a_folder_that_differs_from_what_was_trained_is_refused(merged: Path, adapter: Path, tmp_path: Path) -> None:
-    from components.common.errors import ModelError
     from components.merge.model_folder import check_model_folder
 
     tokenizer, chat = AutoTokenizer.from_pretrained(adapter), ChatFormat.load(adapter)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -158,6 +159,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_weights
     assert run.stopped_because
     assert "WARNING: training stopped early" in capsys.readouterr().out
     assert 1 <= len(run.steps) < plan.steps
+    assert math.isfinite(run.best.validation_loss), "the weights that were kept have no finite loss"
     assert all(weight.isfinite().all() for weight in lora_weights(model).values())
 
 
