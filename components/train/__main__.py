@@ -14,7 +14,7 @@ from typing import Any
 from components.common.base_model import resolve_base_model
 from components.common.chat import ChatFormat
 from components.common.errors import UserError, run_command
-from components.common.files import whole_folder, write_atomically, write_json
+from components.common.files import sha256_file, whole_folder, write_atomically, write_json
 from components.train.config import TrainSettings
 from components.train.rows import Rows, encode_splits, read_splits
 
@@ -32,7 +32,8 @@ def main(argv: list[str] | None = None) -> int | None:
         fix = "use --gradient_checkpointing, --load_in_4bit, or a smaller --batch_size or --max_length"
         raise UserError("the GPU's memory is full", fix=fix) from None
     facts = ("base_model", "base_fingerprint", "data_digest", "chat_digest", "steps", "best_step", "stopped_because")
-    outputs.write(metadata={"adapter": {name: info[name] for name in facts}, "metrics": info["metrics"]})
+    adapter = {"digest": sha256_file(settings.adapter / "adapter_model.safetensors")} | {name: info[name] for name in facts}
+    outputs.write(metadata={"adapter": adapter, "metrics": info["metrics"]})
     return None
 
 
