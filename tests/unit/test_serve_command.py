@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
+from components.common.errors import EXIT_INTERRUPTED
 from tests.conftest import PROJECT
 from tests.unit.serve_support import LONG, ServiceCommand, assert_problem, read_health, store_served_model, wait_until
 
