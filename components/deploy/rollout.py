@@ -168,7 +168,9 @@ def _put_back(target: Target, former: Server | None, candidate: Server | None, o
     if opened and former is None:
         target.stop_all()
     else:
-        for server in target.servers():  # the candidate, also one whose start was interrupted
+        if candidate:
+            target.stop(candidate)
+        for server in target.servers():  # one whose start was interrupted
             if former is None or server.name != former.name:
                 target.stop(server)
     return "failed" if former is None else "rolled_back" if moved else "kept_former"
