@@ -71,6 +71,8 @@ def explain_os_error(error: OSError) -> UserError | None:
         )
     if error.errno == errno.ENOENT:
         return UserError("no such file or folder", where=where, fix="check the path")
+    if error.errno in (errno.ENOTDIR, errno.EISDIR):
+        return UserError("a file stands where a folder is needed, or the other way round", where=where, fix="check the path")
     if error.errno == errno.EADDRINUSE:
         return ServiceError(
             f"the port is taken: {error.strerror}", where=where, fix="choose another port, or stop the program that listens there"
