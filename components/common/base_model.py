@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from components.common.errors import ModelError, run_command
-from components.common.files import whole_folder
+from components.common.files import sha256_text, whole_folder
 from components.common.storage import fetch_model
 
 PACKAGE_PREFIX = "package:"
@@ -88,6 +88,12 @@ def check_causal_lm(folder: Path) -> None:
             where=str(path),
             fix="choose a model whose architecture ends in ForCausalLM",
         )
+
+
+def base_fingerprint(base: Path) -> str:
+    """The sha256 of config.json and of the names and sizes of the weight files: cheap for 15 GB, where a digest of the bytes is not."""
+    weights = sorted((path.name, path.stat().st_size) for path in base.glob("*.safetensors"))
+    return sha256_text(json.dumps([(base / "config.json").read_text(encoding="utf-8"), weights]))
 
 
 def _from_hub(name: str) -> Path:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Iterable, Mapping, Sequence
+from statistics import median
 
 _STYLE = """
 :root{--ink:#1c2733;--soft:#5b6b7b;--line:#dfe5ea;--paper:#fff;--ground:#f5f7f9;--accent:#0b6e6e;--good:#1a7f4b;--bad:#b3261e;--warn:#9a6700}
@@ -97,5 +98,46 @@ def line_chart(series: Mapping[str, Sequence[tuple[float, float]]], *, x_label: 
         parts.append(
             f'<rect x="{left + 10 + 150 * index}" y="{top - 8}" width="10" height="10" fill="{colour}"/><text x="{left + 25 + 150 * index}" y="{top + 1}">{escape(name)}</text>'
         )
+    parts.append(f'<text x="{width - right}" y="{height - 4}" text-anchor="end">{escape(x_label)}</text>')
+    return f'<svg viewBox="0 0 {width} {height}" role="img">{"".join(parts)}</svg>'
+
+
+def histogram(series: Mapping[str, Sequence[float]], *, x_label: str, bins: int = 24) -> str:
+    """How many values lie where, as inline SVG: the bars of each series side by side, a dashed line at its median. At most four series."""
+    values = [value for one in series.values() for value in one]
+    if not values:
+        return "<p>–</p>"
+    width, height, left, bottom, top, right = 720, 220, 40, 36, 20, 12
+    x0, x1 = min(values), max(values)
+    step = ((x1 - x0) or 1.0) / bins
+    counts = {name: [0] * bins for name in series}
+    for name, one in series.items():
+        for value in one:
+            counts[name][min(int((value - x0) / step), bins - 1)] += 1
+    most = max(max(one) for one in counts.values())
+    floor, slot = height - bottom, (width - left - right) / bins
+    bar = 0.9 * slot / len(series)
+    parts = [f'<line x1="{left}" x2="{width - right}" y1="{floor}" y2="{floor}" stroke="var(--line)"/>']
+    parts.append(
+        f'<text x="{left - 6}" y="{top + 10}" text-anchor="end">{most}</text><text x="{left - 6}" y="{floor}" text-anchor="end">0</text>'
+    )
+    for share in (0, 0.5, 1):
+        x = left + share * bins * slot
+        parts.append(f'<text x="{x:.1f}" y="{floor + 16}" text-anchor="middle">{x0 + share * bins * step:.4g}</text>')
+    colours = ("var(--accent)", "var(--warn)", "var(--bad)", "var(--good)")
+    for index, (name, one) in enumerate(series.items()):
+        colour = colours[index % len(colours)]
+        for at, count in enumerate(counts[name]):
+            tall = (floor - top) * count / most
+            if count:
+                x = left + at * slot + index * bar
+                parts.append(
+                    f'<rect x="{x:.1f}" y="{floor - tall:.1f}" width="{bar:.1f}" height="{tall:.1f}" fill="{colour}" fill-opacity=".8"/>'
+                )
+        if one:
+            x = left + (median(one) - x0) / step * slot
+            parts.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{top}" y2="{floor}" stroke="{colour}" stroke-dasharray="4 3"/>')
+        parts.append(f'<rect x="{left + 10 + 150 * index}" y="2" width="10" height="10" fill="{colour}"/>')
+        parts.append(f'<text x="{left + 25 + 150 * index}" y="11">{escape(name)}</text>')
     parts.append(f'<text x="{width - right}" y="{height - 4}" text-anchor="end">{escape(x_label)}</text>')
     return f'<svg viewBox="0 0 {width} {height}" role="img">{"".join(parts)}</svg>'

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import json
 import logging
 import warnings
 from collections.abc import Sequence
@@ -12,29 +13,57 @@ from pathlib import Path
 from typing import Any
 
 from components.common.device import Compute
-from components.common.errors import ModelError, ServiceError
+from components.common.errors import ModelError, ServiceError, first_line
 
 
 def load_causal_lm(folder: Path, compute: Compute) -> tuple[Any, Any]:
     """The model, ready for inference, and the tokenizer of a Hugging Face folder with safetensors.
 
     Raises:
+        ModelError, ServiceError: see `load_tokenizer` and `load_model`.
+    """
+    tokenizer = load_tokenizer(folder)
+    return load_model(folder, compute).eval(), tokenizer
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a model folder.
+
+    Raises:
+        ModelError: missing or broken.
+    """
+    from transformers import AutoTokenizer
+
+    if not [*folder.glob("tokenizer.*"), *folder.glob("vocab.*")]:  # the library would go on with an empty vocabulary
+        raise ModelError("the model folder has no tokenizer", where=str(folder), fix="add its tokenizer.json, or fetch the model again")
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"the tokenizer can't be loaded: {first_line(error)}", where=str(folder), fix="fetch the model again") from None
+
+
+def load_model(folder: Path, compute: Compute, quantization_config: Any = None) -> Any:
+    """The causal language model of a folder with safetensors.
+
+    Raises:
         ModelError: a file is absent or broken, or weights are missing. ServiceError: the device's memory is too small.
     """
+    quiet_libraries()
     import torch
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    if not [*folder.glob("tokenizer.*"), *folder.glob("vocab.*")]:  # the library would go on with an empty vocabulary
-        raise ModelError("the model folder has no tokenizer", where=str(folder), fix="fetch or merge the model again")
+    on_device = compute.device.type == "cuda" or quantization_config is not None
+    if quantization_config is None:
+        quantization_config = _unpacked(folder)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=compute.dtype,
-            device_map={"": compute.device} if compute.device.type == "cuda" else None,
+            **({} if quantization_config is None else {"quantization_config": quantization_config}),
+            device_map={"": compute.device} if on_device else None,
             attn_implementation="sdpa",
             use_safetensors=True,  # a pickle could run code
             local_files_only=True,
@@ -43,15 +72,29 @@ def load_causal_lm(folder: Path, compute: Compute) -> tuple[Any, Any]:
     except torch.OutOfMemoryError as error:
         raise ServiceError(f"the memory is too small for the model: {error}", where=str(folder), fix="free memory on the device") from None
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
-        raise ModelError(f"the model can't be loaded: {reason}", where=str(folder), fix="fetch or merge the model again") from None
+        raise ModelError(
+            f"the model can't be loaded: {first_line(error)}", where=str(folder), fix="fetch or merge the model again"
+        ) from None
     model, report = loaded
     if report["missing_keys"]:  # the library would go on with random weights
         names = ", ".join(sorted(report["missing_keys"])[:3])
         raise ModelError(
             f"{len(report['missing_keys'])} weights are missing: {names}", where=str(folder), fix="fetch or merge the model again"
         )
-    return model.eval(), tokenizer
+    return model
+
+
+def _unpacked(folder: Path) -> Any:
+    """How to read a folder whose weights are packed for a serving engine: back into plain ones; None for any other folder."""
+    try:
+        packed = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config")
+    except (OSError, ValueError):  # the library says it better
+        return None
+    if not packed or packed.get("quant_method") != "compressed-tensors":
+        return None
+    from transformers import CompressedTensorsConfig
+
+    return CompressedTensorsConfig(dequantize=True)
 
 
 def check_scores(model: Any, token_ids: Sequence[int], folder: Path) -> None:
@@ -83,3 +126,4 @@ def quiet_libraries() -> None:
     """Drop what the libraries say to each other: a hint to a package that downloads code, a renamed attribute."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    warnings.filterwarnings("ignore", message="You passed `quantization_config`", category=UserWarning)

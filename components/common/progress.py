@@ -16,8 +16,8 @@ LINE_EVERY_S = 5.0
 class Meter:
     """Counts units of work done and shows them; `note` is free text beside the count, such as a loss."""
 
-    def __init__(self, label: str, total: int) -> None:
-        self.label, self.total, self.done = label, total, 0
+    def __init__(self, label: str, total: int, done: int = 0) -> None:
+        self.label, self.total, self.done, self._done_before = label, total, done, done
         self._started = self._last_line = time.monotonic()
         self._bar: Progress | None = None
         if sys.stderr.isatty():
@@ -32,7 +32,7 @@ class Meter:
             )
             self._bar = Progress(*columns, console=Console(stderr=True))
             self._bar.start()
-            self._task = self._bar.add_task(label, total=total, note="")
+            self._task = self._bar.add_task(label, total=total, completed=done, note="")
 
     def advance(self, units: int = 1, note: str = "") -> None:
         """Count `units` more as done."""
@@ -43,7 +43,7 @@ class Meter:
         now = time.monotonic()
         if units == 0:
             return
-        if now - self._last_line >= LINE_EVERY_S or self.done >= self.total or self.done == units:
+        if now - self._last_line >= LINE_EVERY_S or self.done >= self.total or self.done == self._done_before + units:
             self._last_line = now
             print(f"{self.label}: {self.done}/{self.total}, {self._time_left(now)}{', ' + note if note else ''}", flush=True)
 
@@ -51,7 +51,8 @@ class Meter:
         elapsed = now - self._started
         if self.done >= self.total:
             return f"done in {elapsed:.0f} s"
-        return f"about {elapsed / self.done * (self.total - self.done):.0f} s left" if self.done else "time left unknown"
+        now_done = self.done - self._done_before
+        return f"about {elapsed / now_done * (self.total - self.done):.0f} s left" if now_done else "time left unknown"
 
     def close(self) -> None:
         """Give the terminal back."""
@@ -60,9 +61,9 @@ class Meter:
 
 
 @contextmanager
-def progress(label: str, total: int) -> Iterator[Meter]:
-    """A meter for `total` units of work, closed whatever happens."""
-    meter = Meter(label, total)
+def progress(label: str, total: int, done: int = 0) -> Iterator[Meter]:
+    """A meter for `total` units of work, of which `done` were done before; closed whatever happens."""
+    meter = Meter(label, total, done)
     try:
         yield meter
     finally:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 from pydantic import ValidationError
 from pydantic_settings import BaseSettings, CliApp, PydanticBaseSettingsSource, SettingsConfigDict
@@ -47,6 +47,15 @@ class StepSettings(BaseSettings):
         return cls.model_fields[name].get_default(call_default_factory=True)
 
     @classmethod
+    def problems(cls, values: dict[str, Any]) -> list[str]:
+        """What is wrong with those of the values that are settings of this step, a line each; other names are not looked at."""
+        try:
+            cls(**{name: value for name, value in values.items() if name in cls.model_fields})
+        except ValidationError as error:
+            return _described(error)
+        return []
+
+    @classmethod
     def parse(cls, program: str, argv: list[str] | None = None) -> tuple[Self, StepOutputs]:
         """Settings and outputs of a step, from flags or from KFP's `--executor_input JSON`.
 
@@ -57,18 +66,27 @@ class StepSettings(BaseSettings):
         Raises:
             UserError: a value is missing or wrong; all mistakes are named at once.
         """
-        arguments = list(sys.argv[1:] if argv is None else argv)
+        arguments = cls._with_values(list(sys.argv[1:] if argv is None else argv))
         executor_input = ExecutorInput.take_from(arguments)
         cls.model_config["cli_prog_name"] = program
         try:
             settings = CliApp.run(cls, cli_args=arguments, **cls._given(executor_input))
         except ValidationError as error:
+            lines = _described(error)
             raise UserError(
-                f"{error.error_count()} setting(s) of `{program}` can't be used",
-                where="; ".join(_describe(problem) for problem in error.errors()),
+                f"{len(lines)} setting(s) of `{program}` can't be used",
+                where="; ".join(lines),
                 fix=f"see `{program} --help`",
             ) from None
         return settings, StepOutputs(executor_input)
+
+    @classmethod
+    def _with_values(cls, arguments: list[str]) -> list[str]:
+        """A bare flag of a setting that is true, false or something else means true, like that of a plain yes-or-no setting."""
+        choices = {f"--{name}" for name, field in cls.model_fields.items() if bool in get_args(field.annotation)}
+        followed = [*arguments[1:], "--"]
+        pairs = zip(arguments, followed, strict=True)
+        return [part for flag, value in pairs for part in ((flag, "true") if flag in choices and value.startswith("--") else (flag,))]
 
     @classmethod
     def _given(cls, executor_input: ExecutorInput | None) -> dict[str, Any]:
@@ -78,7 +96,15 @@ class StepSettings(BaseSettings):
         return {name: value for name, value in executor_input.settings().items() if name in cls.model_fields}
 
 
-def _describe(problem: Any) -> str:
-    name = ".".join(str(part) for part in problem["loc"]) or "settings"
-    given = "" if problem["type"] == "missing" else f" (given: {json.dumps(problem['input'], default=str, ensure_ascii=False)[:80]})"
-    return f"--{name}: {problem['msg'].removeprefix('Value error, ')}{given}"
+def _described(error: ValidationError) -> list[str]:
+    """One line for each setting that can't be used; where several kinds of value are allowed, what each of them needs."""
+    by_name: dict[str, list[Any]] = {}
+    for problem in error.errors():
+        by_name.setdefault(str(problem["loc"][0]) if problem["loc"] else "settings", []).append(problem)
+    lines = []
+    for name, problems in by_name.items():
+        needs = " or ".join(problem["msg"].removeprefix("Value error, ") for problem in problems).replace(" or Input should be ", ", or ")
+        first = problems[0]
+        given = "" if first["type"] == "missing" else f" (given: {json.dumps(first['input'], default=str, ensure_ascii=False)[:80]})"
+        lines.append(f"--{name}: {needs}{given}")
+    return lines

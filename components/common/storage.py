@@ -10,19 +10,21 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from components.common.errors import ModelError, StorageError
-from components.common.files import CHUNK_BYTES, read_json, sha256_file, sha256_text, whole_folder, write_json
+from components.common.files import CHUNK_BYTES, read_json, sha256_file, sha256_text, whole_folder, write_atomically, write_json
 from components.common.progress import progress
 
 MANIFEST = "manifest.json"
 PARALLEL_FILES = 4
 PART_BYTES = 64 << 20
+RETRY_S = 180.0
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ def store_model(folder: Path, storage_uri: str, facts: dict[str, Any] | None = N
         facts: goes into the manifest.
     """
     manifest = Manifest.of_folder(folder, facts)
-    target = _Location.parse(f"{storage_uri.rstrip('/')}/models/{manifest.digest}")
+    target = Location.parse(f"{storage_uri.rstrip('/')}/models/{manifest.digest}")
     if target.local is not None:
         if not (target.local / MANIFEST).exists():
             with whole_folder(target.local) as scratch:
@@ -119,7 +121,7 @@ def store_model(folder: Path, storage_uri: str, facts: dict[str, Any] | None = N
         with progress(f"upload to {target.uri}, MiB", manifest.size_bytes >> 20) as meter, ThreadPoolExecutor(PARALLEL_FILES) as pool:
             for size in pool.map(lambda name: target.upload(folder / name, name), manifest.files):
                 meter.advance(size >> 20)
-        target.write_text(MANIFEST, json.dumps(manifest.to_json(), ensure_ascii=False))
+        target.write(MANIFEST, json.dumps(manifest.to_json(), ensure_ascii=False))
     return target.uri, manifest
 
 
@@ -131,12 +133,12 @@ def fetch_model(model_uri: str, cache_dir: Path) -> tuple[Path, Manifest]:
     Raises:
         StorageError: storage is down, or nothing is there. ModelError: the content does not match the manifest.
     """
-    source = _Location.parse(model_uri)
+    source = Location.parse(model_uri)
     if source.local is not None:
         if not source.local.is_dir():
             raise StorageError("no model is stored here", where=model_uri, fix="check the address, or run the merge step again")
         return source.local, verify(source.local)
-    manifest = Manifest.from_json(json.loads(source.read_text(MANIFEST)), f"{model_uri}/{MANIFEST}")
+    manifest = Manifest.from_json(json.loads(source.read(MANIFEST)), f"{model_uri}/{MANIFEST}")
     target = cache_dir / "models" / manifest.digest
     if not (target / MANIFEST).exists():
         partial = target.with_name(f"{manifest.digest}.partial")
@@ -160,24 +162,25 @@ def download_file(uri: str, path: Path) -> None:
     if not folder or not name:
         raise StorageError("this address names no file in a bucket", where=uri, fix="give s3://bucket/path/to/file")
     nothing_to_compare = (-1, "")
-    _Location.parse(f"{scheme}://{folder}").download(name, path, nothing_to_compare)
+    Location.parse(f"{scheme}://{folder}").download(name, path, nothing_to_compare)
 
 
-class _Location:
+class Location:
     """A folder on the local disk (`local`), or a prefix in a bucket."""
 
-    def __init__(self, uri: str, local: Path | None) -> None:
-        self.uri, self.local = uri, local
+    def __init__(self, uri: str, local: Path | None, retry_s: float = RETRY_S) -> None:
+        self.uri, self.local, self.retry_s = uri, local, retry_s
         self._store: Any = None
 
     @classmethod
-    def parse(cls, uri: str) -> _Location:
+    def parse(cls, uri: str, retry_s: float = RETRY_S) -> Location:
+        """The place of an address; `retry_s`: how long a request to object storage is tried again."""
         scheme, separator, rest = uri.partition("://")
         if not separator or scheme == "file":
             return cls(uri, Path(rest if separator else uri).absolute())
         if scheme != "s3":
             raise StorageError(f"{scheme}:// is not a storage that we know", where=uri, fix="use file:///folder or s3://bucket/prefix")
-        return cls(uri, None)
+        return cls(uri, None, retry_s)
 
     def _open(self) -> Any:
         if self._store is None:
@@ -185,7 +188,7 @@ class _Location:
 
             endpoint = os.environ.get("AWS_ENDPOINT_URL", "")
             options: Any = {"allow_http": endpoint.startswith("http://")}
-            self._store = from_url(self.uri, client_options=options)
+            self._store = from_url(self.uri, client_options=options, retry_config={"retry_timeout": timedelta(seconds=self.retry_s)})
         return self._store
 
     def _refused(self, error: Exception, name: str) -> StorageError:
@@ -205,21 +208,56 @@ class _Location:
             raise self._refused(error, name) from None
         return True
 
-    def read_text(self, name: str) -> str:
+    def names(self) -> list[str]:
+        """The files that lie here, in no order; none where the folder doesn't exist."""
+        if self.local is not None:
+            try:
+                return [path.name for path in self.local.iterdir() if path.is_file()]
+            except FileNotFoundError:
+                return []
         import obstore
 
         try:
-            return bytes(obstore.get(self._open(), name).bytes()).decode("utf-8")
+            return [str(entry["path"]) for entry in obstore.list(self._open()).collect()]
         except Exception as error:
-            raise self._refused(error, name) from None
+            raise self._refused(error, "") from None
 
-    def write_text(self, name: str, text: str) -> None:
+    def read(self, name: str) -> bytes:
+        """A small file's content."""
+        if self.local is not None:
+            return (self.local / name).read_bytes()
         import obstore
 
         try:
-            obstore.put(self._open(), name, text.encode("utf-8"))
+            return bytes(obstore.get(self._open(), name).bytes())
         except Exception as error:
             raise self._refused(error, name) from None
+
+    def write(self, name: str, content: str | bytes | memoryview) -> None:
+        """Write a file, whole or not at all."""
+        if self.local is not None:
+            write_atomically(self.local / name, content)
+            return
+        import obstore
+
+        data = content.encode("utf-8") if isinstance(content, str) else content
+        try:
+            obstore.put(self._open(), name, data, use_multipart=len(data) > PART_BYTES, chunk_size=PART_BYTES)
+        except Exception as error:
+            raise self._refused(error, name) from None
+
+    def delete(self, names: Sequence[str]) -> None:
+        """Delete files; one that is gone already is no error."""
+        if self.local is not None:
+            for name in names:
+                (self.local / name).unlink(missing_ok=True)
+            return
+        import obstore
+
+        try:
+            obstore.delete(self._open(), names)
+        except Exception as error:
+            raise self._refused(error, "") from None
 
     def upload(self, path: Path, name: str) -> int:
         """Send one file in parallel parts; its size in bytes."""

@@ -7,78 +7,56 @@ from typing import Any
 
 import torch
 
-from components.common.device import Compute
-from components.common.errors import ModelError, first_line
-from components.common.loading import quiet_libraries
-from components.train.config import TrainSettings
+from components.common.loading import load_model
+from components.train.batches import attend_row_by_row
+from components.train.plan import Plan
 
 
-def load_tokenizer(base: Path) -> Any:
-    """The base model's tokenizer.
-
-    Raises:
-        ModelError: missing or broken.
-    """
-    from transformers import AutoTokenizer
-
-    if not any((base / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        # The library would make an empty tokenizer up.
-        raise ModelError("the model folder has no tokenizer", where=str(base), fix="add its tokenizer.json, or fetch the model again")
-    try:
-        return AutoTokenizer.from_pretrained(base, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"the tokenizer can't be loaded: {first_line(error)}", where=str(base), fix="fetch the model again") from None
-
-
-def load_base(base: Path, compute: Compute, *, load_in_4bit: bool = False) -> Any:
-    """The frozen causal language model, in the compute precision or in 4-bit NF4 with double quantisation.
+def load_base(base: Path, plan: Plan) -> Any:
+    """The frozen causal language model, in the compute precision or quantised, with its rows kept apart when they are packed.
 
     Raises:
         ModelError: broken, incomplete, or of a kind that the library does not know.
     """
-    quiet_libraries()
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            base,
-            dtype=compute.dtype,
-            quantization_config=_nf4(compute) if load_in_4bit else None,
-            device_map={"": compute.device},
-            use_safetensors=True,  # a pickle could run code
-            local_files_only=True,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise ModelError(f"the base model can't be loaded: {first_line(error)}", where=str(base), fix="fetch the model again") from None
-    model, report = loaded
-    if report["missing_keys"]:  # the library would go on with random weights
-        names = ", ".join(sorted(report["missing_keys"])[:3])
-        raise ModelError(
-            f"{len(report['missing_keys'])} weights of the base model are missing: {names}", where=str(base), fix="fetch the model again"
-        )
+    compute = plan.compute._replace(device=torch.device("cpu")) if plan.sharded else plan.compute  # no card could hold it
+    model = load_model(base, compute, quantization_config(plan))
+    if plan.packing:
+        attend_row_by_row(model)
     return model
 
 
-def add_lora(model: Any, settings: TrainSettings) -> Any:
-    """Wrap a model with fp32 LoRA layers on every linear layer except the head; `settings.seed` decides their first weights.
+def quantization_config(plan: Plan) -> Any:
+    """How bitsandbytes quantises the base: 4-bit NF4 with double quantisation (QLoRA, arXiv 2305.14314), or LLM.int8() (arXiv 2208.07339)."""
+    from transformers import BitsAndBytesConfig
 
-    Method: LoRA (arXiv 2106.09685), y = W x + alpha / r · B A x with B = 0 at the start.
+    if plan.quantization == "none":
+        return None
+    if plan.quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=plan.compute.dtype
+    )
+
+
+def add_lora(model: Any, plan: Plan) -> Any:
+    """Wrap a model with fp32 LoRA layers on every linear layer except the head; `plan.seed` decides their first weights.
+
+    Method: LoRA (arXiv 2106.09685), y = W x + alpha / r · B A x with B = 0 at the start; rsLoRA (arXiv 2312.03732) scales by
+    alpha / sqrt(r); DoRA (arXiv 2402.09353) learns the magnitude of each output apart.
     """
     from peft import LoraConfig, get_peft_model
 
-    torch.manual_seed(settings.seed)
+    torch.manual_seed(plan.seed)
     config = LoraConfig(
         task_type="CAUSAL_LM",
-        r=settings.lora_r,
-        lora_alpha=settings.lora_alpha,
-        lora_dropout=settings.lora_dropout,
+        r=plan.lora_r,
+        lora_alpha=plan.lora_alpha,
+        lora_dropout=plan.lora_dropout,
+        use_rslora=plan.use_rslora,
+        use_dora=plan.use_dora,
         target_modules="all-linear",
     )
-    if settings.gradient_checkpointing:
+    if plan.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         # The frozen embeddings give states without gradient; a checkpoint of such inputs would train nothing (d16).
         model.enable_input_require_grads()
@@ -92,17 +70,11 @@ def evaluation_mode(model: Any) -> None:
     In evaluation mode on a CPU, bitsandbytes 0.50 packs the 4-bit weights anew for inference, for good: other results, and no gradient
     passes such a layer any more.
     """
+    model.eval()
+    if not any(type(module).__name__ == "Linear4bit" for module in model.modules()):
+        return  # the library takes a second to load
     from bitsandbytes.nn import Linear4bit
 
-    model.eval()
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.training = True
-
-
-def _nf4(compute: Compute) -> Any:
-    from transformers import BitsAndBytesConfig
-
-    return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute.dtype
-    )

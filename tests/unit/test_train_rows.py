@@ -6,13 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from components.common.chat import ChatFormat
 from components.common.errors import DataError
-from components.train.rows import Example, batches_of_similar_length, collate, encode, encode_splits, read_splits
+from components.train.rows import Data, Split, encode, encode_splits, read_splits, within
 
 
 @pytest.fixture(scope="module")
@@ -29,27 +28,28 @@ def as_dataset(rows: list[dict[str, str]]) -> Dataset:
     return Dataset.from_list([{**row, "history": [], "line": line} for line, row in enumerate(rows, 1)])
 
 
+def used(rows: Dataset, tokenizer: PreTrainedTokenizerBase, chat: ChatFormat, max_length: int) -> Split:
+    split = encode(rows, tokenizer, chat, split="train")
+    return within(Data(split, split, "digest"), max_length).train
+
+
 def test_d01_every_row_ends_with_its_end_of_turn_token_which_is_learned_and_never_a_pad(
     tokenizer: PreTrainedTokenizerBase, chat: ChatFormat, tiny_rows: list[dict[str, str]]
 ) -> None:
-    examples = encode(as_dataset(tiny_rows), tokenizer, chat, 1024, split="train").examples
+    examples = encode(as_dataset(tiny_rows), tokenizer, chat, split="train").examples
     assert chat.pad_id not in chat.stop_ids
     assert tokenizer.eos_token_id in chat.stop_ids
     for example in examples:
         assert int(example.ids[-1]) == chat.end_of_turn_id
         assert bool(example.mask[-1])
         assert chat.pad_id not in example.ids[example.mask].tolist()
-    batch = collate(examples, chat.pad_id, "cpu")
-    last = batch.attention.sum(dim=1) - 1
-    assert batch.ids[range(len(examples)), last].eq(chat.end_of_turn_id).all(), "padding took the place of an end of turn"
-    assert not (batch.mask & (batch.attention == 0)).any(), "a pad is trained on"
 
 
 def test_d02_a_row_is_used_whole_or_dropped_and_counted_with_its_line(
     tokenizer: PreTrainedTokenizerBase, chat: ChatFormat, tiny_rows: list[dict[str, str]]
 ) -> None:
     rows = [*tiny_rows[:4], {"question": "长？", "answer": "很长的回答。" * 200}, *tiny_rows[4:8]]
-    split = encode(as_dataset(rows), tokenizer, chat, 400, split="train")
+    split = used(as_dataset(rows), tokenizer, chat, 400)
     assert split.dropped_lines == [5]
     kept = [row for line, row in enumerate(rows, 1) if line != 5]
     assert len(split.examples) == len(kept)
@@ -63,18 +63,18 @@ def test_d02_a_row_is_used_whole_or_dropped_and_counted_with_its_line(
 
 def test_a_row_of_exactly_max_length_is_used(tokenizer: PreTrainedTokenizerBase, chat: ChatFormat, tiny_rows: list[dict[str, str]]) -> None:
     length = len(chat.example(tokenizer, tiny_rows[0]["question"], tiny_rows[0]["answer"])[0])
-    assert encode(as_dataset(tiny_rows[:1]), tokenizer, chat, length, split="train").dropped_lines == []
+    assert used(as_dataset(tiny_rows[:1]), tokenizer, chat, length).dropped_lines == []
     with pytest.raises(DataError, match="longer than"):
-        encode(as_dataset(tiny_rows[:1]), tokenizer, chat, length - 1, split="train")
+        used(as_dataset(tiny_rows[:1]), tokenizer, chat, length - 1)
 
 
 def test_when_every_row_is_too_long_the_error_names_a_max_length_that_works(
     tokenizer: PreTrainedTokenizerBase, chat: ChatFormat, tiny_rows: list[dict[str, str]]
 ) -> None:
     with pytest.raises(DataError) as error:
-        encode(as_dataset(tiny_rows), tokenizer, chat, 20, split="validation")
+        used(as_dataset(tiny_rows), tokenizer, chat, 20)
     needed = int(error.value.fix.split()[3])
-    assert len(encode(as_dataset(tiny_rows), tokenizer, chat, needed, split="validation").examples) >= 1
+    assert len(used(as_dataset(tiny_rows), tokenizer, chat, needed).examples) >= 1
 
 
 def test_d04_a_row_without_a_trainable_token_is_refused_with_its_line(
@@ -83,14 +83,14 @@ def test_d04_a_row_without_a_trainable_token_is_refused_with_its_line(
     masked = lambda self, tokenizer, question, answer, history=(): ([1, 2, 3], [False] * 3)  # noqa: E731
     monkeypatch.setattr(ChatFormat, "example", masked)
     with pytest.raises(DataError, match="no trainable token") as error:
-        encode(as_dataset(tiny_rows[:1]), tokenizer, chat, 100, split="train")
+        encode(as_dataset(tiny_rows[:1]), tokenizer, chat, split="train")
     assert "line 1" in error.value.where
 
 
 def test_earlier_turns_are_context_and_not_trained_on(tokenizer: PreTrainedTokenizerBase, chat: ChatFormat) -> None:
     history = [{"role": "user", "content": "头痛怎么办？"}, {"role": "assistant", "content": "先休息。"}]
     row = {"question": "还要吃药吗？", "answer": "一般不用。", "history": history, "line": 1}
-    example = encode(Dataset.from_list([row]), tokenizer, chat, 1024, split="train").examples[0]
+    example = encode(Dataset.from_list([row]), tokenizer, chat, split="train").examples[0]
     assert "先休息。" in tokenizer.decode(example.ids)
     assert tokenizer.decode(example.ids[example.mask]) == "一般不用。<|im_end|>"
 
@@ -134,37 +134,9 @@ def test_the_user_is_told_how_many_rows_are_used_and_which_are_not(
 ) -> None:
     long = {"question": "长？", "answer": "长" * 2000}
     splits = read_splits(write_rows(tmp_path / "rows.jsonl", [*tiny_rows, long]))
-    data = encode_splits(splits, tokenizer, chat, 512)
+    data = within(encode_splits(splits, tokenizer, chat), 512)
     dropped = data.train.dropped_lines + data.validation.dropped_lines
     said = capsys.readouterr().out
     assert dropped == [31]
     assert "1 rows dropped" in said
     assert "source lines 31" in said
-
-
-def of_length(length: int) -> Example:
-    return Example(torch.full((length,), length, dtype=torch.int32), torch.ones(length, dtype=torch.bool))
-
-
-def test_every_row_comes_once_an_epoch_in_batches_of_similar_length() -> None:
-    lengths = torch.randint(20, 500, (203,), generator=torch.Generator().manual_seed(1)).tolist()
-    batches = batches_of_similar_length([of_length(length) for length in lengths], 8, torch.Generator().manual_seed(2))
-    assert sorted(int(row.ids[0]) for batch in batches for row in batch) == sorted(lengths)
-    assert all(len(batch) <= 8 for batch in batches)
-    padded = sum(len(batch) * max(len(row.ids) for row in batch) for batch in batches)
-    at_random = sum(8 * max(lengths[at : at + 8]) for at in range(0, 200, 8))
-    assert padded < 1.25 * sum(lengths) < at_random
-
-
-def test_batches_follow_from_the_seed_and_change_from_epoch_to_epoch() -> None:
-    examples = [of_length(length) for length in range(10, 90)]
-
-    def epochs(seed: int) -> list[list[list[int]]]:
-        generator = torch.Generator().manual_seed(seed)
-        return [[[len(row.ids) for row in batch] for batch in batches_of_similar_length(examples, 4, generator)] for _ in range(2)]
-
-    assert epochs(1) == epochs(1)
-    assert epochs(1) != epochs(2)
-    first, second = epochs(1)
-    assert first != second
-    assert {frozenset(batch) for batch in first} != {frozenset(batch) for batch in second}, "the same rows always meet"

@@ -100,9 +100,9 @@ def test_the_ledger_tells_what_made_the_adapter(trained: Path, rows_file: Path) 
     assert {"device", "precision", "threads", "steps"} <= {choice["name"] for choice in info["choices"]}
     assert all(choice["reason"] and choice["reason_zh"] for choice in info["choices"])
     assert info["rows"]["train"]["used"] + info["rows"]["validation"]["used"] == 15
-    assert info["steps"] == info["epochs"][-1]["step"]
-    assert info["best_step"] in {epoch["step"] for epoch in info["epochs"]}
-    assert info["metrics"]["validation_loss"] == min(epoch["validation_loss"] for epoch in info["epochs"])
+    assert info["steps"] == info["evaluations"][-1]["step"]
+    assert info["best_step"] in {epoch["step"] for epoch in info["evaluations"]}
+    assert info["metrics"]["validation_loss"] == min(epoch["validation_loss"] for epoch in info["evaluations"])
     assert 0 < info["trainable_tokens"] < info["tokens"]
     assert info["peak_memory_bytes"]["process"] > 100e6
 
@@ -120,15 +120,15 @@ def test_tensorboard_reads_the_logs(trained: Path) -> None:
         "validation/loss",
     }
     assert len(events.Scalars("train/loss")) == info_of(trained)["steps"]
-    assert [point.step for point in events.Scalars("validation/loss")] == [0, *(epoch["step"] for epoch in info_of(trained)["epochs"])]
+    assert [point.step for point in events.Scalars("validation/loss")] == [0, *(epoch["step"] for epoch in info_of(trained)["evaluations"])]
 
 
 def test_the_curves_are_a_page_of_its_own_in_both_languages(trained: Path) -> None:
     page = (trained / "curves.html").read_text(encoding="utf-8")
-    assert page.count("<polyline") == 3
+    assert page.count("<polyline") == 6
     assert "src=" not in page
     assert "href=" not in page
-    for english, chinese in (("validation", "验证"), ("Choices", "自动选择"), ("Facts", "概况"), ("Epochs", "各轮")):
+    for english, chinese in (("validation", "验证"), ("Choices", "自动选择"), ("What it took", "资源消耗"), ("Evaluations", "各次评估")):
         assert english in page
         assert chinese in page
     assert "nan" not in page.lower().replace("finance", "")
