@@ -9,24 +9,25 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from components.common.chat import ChatFormat
 from components.common.errors import ModelError, StorageError
 from components.common.files import write_json
-from components.merge.certificate import PROBES
+from components.merge.rows import PROBES
+from components.merge.streaming import Weights, write_shards
 
 INFO_FILE = "merge_info.json"
-SHARD_SIZE = "5GB"  # files of a large model travel side by side
 SPARE_BYTES = 64 << 20  # tokenizer and JSON files
 
 
-def require_space(folder: Path, model: Any, dtype: Any) -> None:
-    """Look for a full disk before the merge, not after it: the library's own error says nothing of a disk.
+def require_space(folder: Path, needed_bytes: int) -> None:
+    """Look for a full disk before the merge, not after it.
 
     Raises:
         StorageError: the folder's disk has too little space for the model.
     """
-    needed = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize + SPARE_BYTES
-    free = shutil.disk_usage(folder).free
+    needed, free = needed_bytes + SPARE_BYTES, shutil.disk_usage(folder).free
     if free < needed:
         raise StorageError(
             f"the disk is too full: the merged model needs {needed / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free",
@@ -35,19 +36,32 @@ def require_space(folder: Path, model: Any, dtype: Any) -> None:
         )
 
 
-def write_model_folder(folder: Path, model: Any, tokenizer: Any, chat: ChatFormat, info: dict[str, Any]) -> None:
-    """Write config, safetensors, generation config, tokenizer, chat format and `merge_info.json`."""
-    for config in (model.config, model.generation_config):
-        config.eos_token_id, config.pad_token_id = list(chat.stop_ids), chat.pad_id
+def write_model_folder(folder: Path, weights: Weights, dtype: torch.dtype, tokenizer: Any, chat: ChatFormat, info: dict[str, Any]) -> None:
+    """Write safetensors, config, generation config, tokenizer, chat format and `merge_info.json`."""
+    write_shards(weights, folder, dtype)
+    model = weights.structure.empty_model(dtype)
+    config, generation = model.config, _generation_config(weights.structure.files.folder, model.config)
+    config.dtype, config.architectures = dtype, [type(model).__name__]
+    for each in (config, generation):
+        each.eos_token_id, each.pad_token_id = list(chat.stop_ids), chat.pad_id
+    config.save_pretrained(folder)
+    generation.save_pretrained(folder)
     tokenizer.chat_template = chat.template
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(chat.pad_id)
-    model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
     tokenizer.save_pretrained(folder)
     chat.save(folder)
     write_json(folder / INFO_FILE, info)
 
 
-def check_model_folder(folder: Path, saved_tokenizer: Any, tokenizer: Any, chat: ChatFormat) -> None:
+def _generation_config(base: Path, config: Any) -> Any:
+    from transformers import GenerationConfig
+
+    if (base / "generation_config.json").is_file():
+        return GenerationConfig.from_pretrained(base, local_files_only=True)
+    return GenerationConfig.from_model_config(config)
+
+
+def check_model_folder(folder: Path, saved_tokenizer: Any, tokenizer: Any, chat: ChatFormat) -> dict[str, bool]:
     """Read the chat format and generation config back: with the tokenizer, the same ids, template and stop ids as in training.
 
     Args:
@@ -73,3 +87,4 @@ def check_model_folder(folder: Path, saved_tokenizer: Any, tokenizer: Any, chat:
         raise ModelError(
             f"the saved model differs from what was trained: {', '.join(wrong)}", where=str(folder), fix="report this as a bug"
         )
+    return checks

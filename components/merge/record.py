@@ -8,11 +8,14 @@ from typing import Any
 
 from components.common.storage import Manifest
 from components.merge.adapter import Adapter
-from components.merge.certificate import MAX_DIFFERENCE_SHARE, MAX_LOGIT_DIFFERENCE, Agreement
+from components.merge.candidates import Choice, Proven
+from components.merge.certificate import MAX_DIFFERENCE_SHARE, MAX_LOGIT_DIFFERENCE, Agreement, allowed_difference
 from components.merge.config import MergeSettings
+from components.merge.rows import Rows, answer_tokens
+from components.merge.running import Place
 
 
-def facts_of(adapter: Adapter, settings: MergeSettings, *, parameters: int) -> dict[str, Any]:
+def facts_of(adapter: Adapter, settings: MergeSettings, *, parameters: int, merge_base: str) -> dict[str, Any]:
     """What was merged: `merge_info.json` inside the model. The same merge gives the same facts, on any day and machine."""
     return {
         "base_model": settings.base_model or adapter.base_model,
@@ -20,67 +23,93 @@ def facts_of(adapter: Adapter, settings: MergeSettings, *, parameters: int) -> d
         "adapter_digest": adapter.digest,
         "data_digest": adapter.info.get("data_digest", ""),
         "chat_digest": adapter.chat.digest,
-        "lora": {name: adapter.config[name] for name in ("r", "lora_alpha", "target_modules")},
+        "lora": {
+            **{name: adapter.config[name] for name in ("r", "lora_alpha", "target_modules")},
+            **{name: bool(adapter.config.get(name)) for name in ("use_rslora", "use_dora")},
+        },
         "parameters": parameters,
         "precision": settings.precision,
         "merged_in": "fp32",
+        "trained_on": adapter.quantization,
+        "merge_base": merge_base,
         "proven": {"max_logit_difference": MAX_LOGIT_DIFFERENCE, "or_share_of_the_largest_logit": MAX_DIFFERENCE_SHARE},
     }
 
 
-def record_of(
-    facts: dict[str, Any],
-    adapter: Adapter,
-    base: Path,
-    manifest: Manifest,
-    model_uri: str,
-    *,
-    proof: Agreement,
-    saved: Agreement,
-    seconds: float,
+def measured(
+    adapter: Adapter, settings: MergeSettings, *, rows: Rows, place: Place, found: dict[str, Proven], choice: Choice, saved: Agreement
 ) -> dict[str, Any]:
-    """The facts, the certificate with its measured values, the sizes and the metrics, as JSON.
+    """The certificate with its measured values, as JSON.
 
     Args:
-        proof: merged fp32 model against the adapter on the fp32 base.
-        saved: model as stored, in its precision, against the same.
+        saved: the model as stored, in its precision, against the adapter on the chosen base.
     """
-    metrics = {
+    proof = found[choice.merge_base].proof
+    return {
+        "certificate": {"merged_fp32": figures(proof), f"saved_{settings.precision}": figures(saved)},
+        "allowed_logit_difference": allowed_difference(proof),
+        "bases": {
+            "chosen": choice.merge_base,
+            "reason": choice.reason,
+            "reason_zh": choice.reason_zh,
+            "nll": {name: proven.proof.nll for name, proven in found.items()},
+            "interval": choice.interval,
+        },
+        "measured_on": {
+            "rows": len(rows.rows),
+            "source": rows.source,
+            "lines": [row.line for row in rows.rows if row.line],
+            "answer_tokens": answer_tokens(rows.rows),
+            "device": str(place.device),
+            "whole_in_memory": place.whole,
+            "reason": place.reason,
+        },
+        "trained_in_4bit": adapter.quantization == "nf4",
+    }
+
+
+def sizes(adapter: Adapter, base: Path, manifest: Manifest) -> dict[str, int]:
+    """Bytes of the weight files."""
+    return {
+        "adapter": adapter.size_bytes,
+        "base": sum(path.stat().st_size for path in base.glob("*.safetensors")),
+        "merged": sum(size for name, (size, _) in manifest.files.items() if name.endswith(".safetensors")),
+    }
+
+
+def metrics(proof: Agreement, saved: Agreement, manifest: Manifest, nll: dict[str, float], seconds: float) -> dict[str, float]:
+    """The step's flat numbers; NLL in nats per answer token. One that is not finite is left out."""
+    values = {
         "max_logit_difference": proof.max_logit_difference,
         "kl": proof.kl,
         "top1_agreement": proof.top1_agreement,
+        "nll": saved.nll,
         "saved_kl": saved.kl,
         "saved_top1_agreement": saved.top1_agreement,
+        "saved_nll_difference": saved.nll_difference,
+        **({f"nll_{name}_base": value for name, value in nll.items()} if len(nll) > 1 else {}),
         "merged_size_bytes": manifest.size_bytes,
         "seconds": round(seconds, 1),
     }
-    return facts | {
-        "certificate": {"merged_fp32": _finite(proof._asdict()), f"saved_{facts['precision']}": _finite(saved._asdict())},
-        "trained_in_4bit": bool(adapter.info.get("settings", {}).get("load_in_4bit")),
-        "weights_size_bytes": {
-            "adapter": adapter.size_bytes,
-            "base": sum(path.stat().st_size for path in base.glob("*.safetensors")),
-            "merged": sum(size for name, (size, _) in manifest.files.items() if name.endswith(".safetensors")),
-        },
-        "model_digest": manifest.digest,
-        "model_uri": model_uri,
-        "metrics": _finite(metrics),
-    }
+    return {name: value for name, value in values.items() if math.isfinite(value)}
+
+
+def figures(found: Agreement) -> dict[str, Any]:
+    """The figures of a comparison as JSON; one that is not finite is left out."""
+    values = found._asdict()
+    del values["row_nll"]
+    return {name: value for name, value in values.items() if value is None or math.isfinite(value)}
 
 
 def show(record: dict[str, Any], *, compare: bool) -> None:
     """Print the certificate, the sizes when asked for, and where the model is."""
     for name, found in record["certificate"].items():
-        values = ", ".join(f"{key} {value:.3g}" for key, value in found.items())
+        values = ", ".join(f"{key} {'none' if value is None else format(value, '.3g')}" for key, value in found.items())
         print(f"{name} against the adapter on its base: {values}")
-    if record["trained_in_4bit"]:
-        print("note: trained on a 4-bit base and merged into the full one; the evaluation of the merged model is the one that counts")
     if compare:
         print(f"{'weights':10}{'MiB':>12}")
         for name, size in record["weights_size_bytes"].items():
             print(f"{name:10}{size / 2**20:12.1f}")
+    for export in record["exports"]:
+        print(f"{export['scheme']} model_uri: {export['model_uri']}")
     print(f"model_uri: {record['model_uri']}", flush=True)
-
-
-def _finite(values: dict[str, float]) -> dict[str, float]:
-    return {name: value for name, value in values.items() if math.isfinite(value)}

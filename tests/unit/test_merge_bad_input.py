@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import errno
 import shutil
 import subprocess
 import sys
@@ -11,38 +11,49 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from safetensors.torch import load, save_file
 
-from components.train.__main__ import main as train
+from components.common.errors import UserError
+from components.common.files import read_json, write_json
+from components.merge.__main__ import main
+from tests.unit.merge_support import make_adapter
 
 PROJECT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
-def adapter(tiny_model: Path, tiny_rows: list[dict[str, str]], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("trained")
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in tiny_rows), encoding="utf-8")
-    paths = {"--dataset": "rows.jsonl", "--adapter": "adapter", "--curves": "curves.html", "--metrics": "train.json"}
-    AcceleratorState._reset_state(True)
-    train(
-        ["--base_model", str(tiny_model), "--epochs", "1", *(part for flag, name in paths.items() for part in (flag, str(folder / name)))]
-    )
-    AcceleratorState._reset_state(True)
-    return folder / "adapter"
+def adapter(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_adapter(tmp_path_factory.mktemp("trained") / "adapter", tiny_model, steps=4)
+
+
+def flags_for(folder: Path) -> list[str]:
+    paths = {"--adapter": "adapter", "--merge_info": "merge_info.json", "--metrics": "metrics.json", "--report": "report.html"}
+    return [part for flag, name in paths.items() for part in (flag, str(folder / name))]
+
+
+def nothing_is_left(folder: Path) -> None:
+    assert not (folder / "model").exists()
+    assert not (folder / "merge_info.json").exists()
+    assert not [path.name for path in folder.iterdir() if path.name.startswith(".")]
 
 
 def refused(folder: Path, *flags: str) -> str:
+    """What the command says when it refuses, without the cost of a process."""
+    with pytest.raises(UserError) as caught:
+        main([*flags_for(folder), *flags])
+    assert caught.value.fix
+    nothing_is_left(folder)
+    return str(caught.value)
+
+
+def refused_by_the_command(folder: Path, *flags: str) -> str:
     """What the real command says when it refuses."""
-    paths = {"--adapter": "adapter", "--merge_info": "merge_info.json", "--metrics": "metrics.json"}
-    given = [part for flag, name in paths.items() for part in (flag, str(folder / name))]
-    command = [sys.executable, "-m", "components.merge", *given, *flags]
+    command = [sys.executable, "-m", "components.merge", *flags_for(folder), *flags]
     result = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 2, result.stderr
     assert "Traceback" not in result.stderr
     assert "fix: " in result.stderr
-    assert not (folder / "model").exists()
-    assert not [path for path in folder.iterdir() if path.name.startswith(".model")]
+    nothing_is_left(folder)
     return result.stderr
 
 
@@ -54,7 +65,7 @@ def spoiled(adapter: Path, tmp_path: Path) -> Path:
 
 
 def test_a_missing_adapter(tmp_path: Path) -> None:
-    assert "adapter's folder does not exist" in refused(tmp_path, "--output", str(tmp_path / "model"))
+    assert "adapter's folder does not exist" in refused_by_the_command(tmp_path, "--output", str(tmp_path / "model"))
 
 
 @pytest.mark.parametrize(
@@ -122,12 +133,40 @@ def test_a_full_disk_is_told_before_the_merge(spoiled: Path) -> None:
     ):
         pytest.skip("needs the right to mount a file system")
     try:
-        said = refused(spoiled, "--output", str(disk / "model"))
+        said = refused_by_the_command(spoiled, "--output", str(disk / "model"))
         assert "the disk is too full" in said
         assert str(disk) in said
         assert list(disk.iterdir()) == []
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_disk_that_fills_up_during_the_merge(spoiled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("components.merge.streaming._write", full)
+    with pytest.raises(OSError, match="No space left"):  # run_command makes it exit code 2: see test_cli
+        main([*flags_for(spoiled), "--output", str(spoiled / "model")])
+    nothing_is_left(spoiled)
+
+
+def test_de_quantised_weights_that_there_are_not(spoiled: Path) -> None:
+    said = refused(spoiled, "--merge_base", "dequantized", "--output", str(spoiled / "model"))
+    assert "trained on the original weights" in said
+
+
+def test_a_data_set_that_is_missing_or_broken(spoiled: Path) -> None:
+    assert "data set is missing" in refused(spoiled, "--dataset", str(spoiled / "absent"), "--output", str(spoiled / "model"))
+    (spoiled / "rows.jsonl").write_text('{"question": "a", "answer": "b"}\n{"question": \n', encoding="utf-8")
+    assert "line 2" in refused(spoiled, "--dataset", str(spoiled / "rows.jsonl"), "--output", str(spoiled / "model"))
+
+
+def test_a_base_that_is_quantised(spoiled: Path, tiny_model: Path) -> None:
+    base = Path(shutil.copytree(tiny_model, spoiled / "base"))
+    config = read_json(base / "config.json", kind="config")
+    write_json(base / "config.json", config | {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}})
+    assert "base model is quantised" in refused(spoiled, "--base_model", str(base), "--output", str(spoiled / "model"))
 
 
 def test_storage_that_is_down(spoiled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,4 +187,4 @@ def test_weights_too_large_for_fp16_are_refused(spoiled: Path) -> None:
     for name in tensors:
         tensors[name] = tensors[name] + (1000.0 if "layers.0.mlp.up_proj" in name else 0.0)
     save_file(tensors, weights, metadata={"format": "pt"})
-    assert "too large for torch.float16" in refused(spoiled, "--precision", "fp16", "--output", str(spoiled / "model"))
+    assert "too large for torch.float16" in refused_by_the_command(spoiled, "--precision", "fp16", "--output", str(spoiled / "model"))

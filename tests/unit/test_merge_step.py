@@ -9,12 +9,13 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
+from peft import PeftModel
 from safetensors.torch import load, load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -23,30 +24,25 @@ from components.common.errors import ModelError
 from components.common.files import sha256_file
 from components.common.storage import fetch_model, read_manifest, verify
 from components.merge.__main__ import main
-from components.train.__main__ import main as train
+from components.merge.adapter import read_adapter
+from components.merge.certificate import answer_logits
+from components.merge.lora import LoraLayer
+from components.merge.rows import answer_tokens, load_rows
+from components.merge.streaming import merge_shards
 from tests.rows import write_rows
+from tests.unit.merge_support import QUANTIZED, make_adapter
 
 PROJECT = Path(__file__).resolve().parents[2]
 
 
-def train_adapter(folder: Path, model: Path, *flags: str) -> Path:
-    folder.mkdir(exist_ok=True)
-    write_rows(folder / "rows.jsonl")
-    paths = {"--dataset": "rows.jsonl", "--adapter": "adapter", "--curves": "curves.html", "--metrics": "train.json"}
-    given = [part for flag, name in paths.items() for part in (flag, str(folder / name))]
-    AcceleratorState._reset_state(True)
-    train([*given, "--base_model", str(model), "--epochs", "3", "--learning_rate", "5e-3", "--lora_r", "8", *flags])
-    AcceleratorState._reset_state(True)
-    return folder / "adapter"
-
-
 @pytest.fixture(scope="module")
 def adapter(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train_adapter(tmp_path_factory.mktemp("trained"), tiny_model)
+    return make_adapter(tmp_path_factory.mktemp("trained") / "adapter", tiny_model, steps=100)
 
 
 def flags_for(folder: Path, adapter: Path) -> list[str]:
-    return ["--adapter", str(adapter), "--merge_info", str(folder / "merge_info.json"), "--metrics", str(folder / "metrics.json")]
+    outputs = {"--merge_info": "merge_info.json", "--report": "report.html", "--metrics": "metrics.json"}
+    return ["--adapter", str(adapter), *(part for flag, name in outputs.items() for part in (flag, str(folder / name)))]
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +63,7 @@ def test_the_original_command_works_as_written(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     shutil.copytree(tiny_model, tmp_path / "Qwen" / "Qwen2.5-7B-Instruct")
-    adapter = train_adapter(tmp_path / "work", Path("Qwen/Qwen2.5-7B-Instruct"))
-    adapter.rename(tmp_path / "qwen-medical-qa-lora")
+    make_adapter(tmp_path / "qwen-medical-qa-lora", Path("Qwen/Qwen2.5-7B-Instruct"), steps=4)
     command = "--base_model Qwen/Qwen2.5-7B-Instruct --lora_model ./qwen-medical-qa-lora --output ./qwen-medical-qa-merged --device auto --compare"
     main(command.split())
     said = capsys.readouterr().out
@@ -124,10 +119,8 @@ def test_d06_the_merged_weights_are_base_plus_scaled_product(merged: Path, adapt
 
 
 def test_d06_a_merge_with_a_wrong_scale_is_never_written(adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from peft.tuners.lora.layer import Linear
-
-    right = Linear.get_delta_weight
-    monkeypatch.setattr(Linear, "get_delta_weight", lambda self, name: right(self, name) * 1.05)
+    right = LoraLayer.fold
+    monkeypatch.setattr(LoraLayer, "fold", lambda self, weight, first: right(replace(self, scale=self.scale * 1.05), weight, first))
     with pytest.raises(ModelError, match="not what was trained"):
         main([*flags_for(tmp_path, adapter), "--output", str(tmp_path / "model"), "--storage_uri", f"file://{tmp_path}/store"])
     assert list(tmp_path.iterdir()) == []
@@ -205,7 +198,7 @@ def test_the_stored_model_is_fetched_by_the_address_that_is_returned(merged: Pat
     assert manifest.facts["adapter_digest"] == record["adapter_digest"]
     assert manifest.facts.keys() >= {"base_model", "adapter_digest", "data_digest", "chat_digest"}
     assert ChatFormat.load(folder).digest == manifest.facts["chat_digest"]
-    assert {path.name for path in tmp_path.iterdir()} == {"store", "merge_info.json", "metrics.json"}
+    assert {path.name for path in tmp_path.iterdir()} == {"store", "merge_info.json", "report.html", "metrics.json"}
 
 
 def test_the_model_goes_to_s3(
@@ -222,11 +215,14 @@ def test_the_model_goes_to_s3(
 
 
 def test_kfp_gets_the_address_as_a_parameter(adapter: Path, tiny_model: Path, tmp_path: Path) -> None:
-    outputs = {"merge_info": "system.Artifact", "metrics": "system.Metrics"}
+    outputs = {"merge_info": "system.Artifact", "report": "system.HTML", "metrics": "system.Metrics"}
     message = {
         "inputs": {
             "parameterValues": {"base_model": str(tiny_model), "storage_uri": f"file://{tmp_path}/store"},
-            "artifacts": {"adapter": {"artifacts": [{"name": "adapter", "uri": str(adapter)}]}},
+            "artifacts": {
+                "adapter": {"artifacts": [{"name": "adapter", "uri": str(adapter)}]},
+                "dataset": {"artifacts": [{"name": "dataset", "uri": str(write_rows(tmp_path / "rows.jsonl"))}]},
+            },
         },
         "outputs": {
             "parameters": {"model_uri": {"outputFile": str(tmp_path / "model_uri")}},
@@ -245,21 +241,139 @@ def test_kfp_gets_the_address_as_a_parameter(adapter: Path, tiny_model: Path, tm
     assert written["artifacts"]["merge_info"]["artifacts"][0]["metadata"]["model_digest"] == record["model_digest"]
 
 
-def test_an_adapter_trained_in_4bit_is_merged_into_the_full_base(
-    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.fixture(scope="module", params=["nf4", "int8"])
+def quantised(request: pytest.FixtureRequest, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """An adapter trained on a quantised base, merged with the default settings: the name of the quantisation, and the folder of it all."""
+    folder = tmp_path_factory.mktemp(request.param)
+    adapter = make_adapter(folder / "adapter", tiny_model, quantization=request.param)
+    rows = write_rows(folder / "rows.jsonl")
+    main([*flags_for(folder, adapter), "--dataset", str(rows), "--output", str(folder / "model"), "--precision", "fp32"])
+    return request.param, folder
+
+
+def test_d06_an_adapter_of_a_quantised_base_is_merged_into_the_weights_that_serve_it_better(
+    quantised: tuple[str, Path], tiny_model: Path, tmp_path: Path
 ) -> None:
-    adapter = train_adapter(tmp_path / "work", tiny_model, "--load_in_4bit")
-    main([*flags_for(tmp_path, adapter), "--output", str(tmp_path / "model")])
-    record = record_of(tmp_path)
-    assert record["trained_in_4bit"]
-    assert "trained on a 4-bit base" in capsys.readouterr().out
+    quantization, folder = quantised
+    record, adapter = record_of(folder), read_adapter(folder / "adapter")
+    nll = record["bases"]["nll"]
+    better, worse = sorted(nll, key=lambda kind: nll[kind])
+    assert record["trained_on"] == quantization
+    assert record["merge_base"] == record["bases"]["chosen"] == better
+    assert record["metrics"]["nll_dequantized_base"] == nll["dequantized"]
     assert record["certificate"]["merged_fp32"]["max_logit_difference"] < 1e-3
-    assert "quantization_config" not in json.loads((tmp_path / "model" / "config.json").read_text(encoding="utf-8"))
-    assert {weight.dtype for weight in load_file(tmp_path / "model" / "model.safetensors").values()} == {torch.bfloat16}
+    low, high = record["bases"]["interval"]
+    assert low <= nll[worse] - nll[better] <= high
+    kept = load_file(folder / "model" / "model.safetensors")
+    for kind in nll:
+        (tmp_path / kind).mkdir()
+        merge_shards(tiny_model, adapter, tmp_path / kind, dtype=torch.float32, merge_base=kind)
+        other = load_file(tmp_path / kind / "model.safetensors")
+        assert all(torch.equal(weight, other[name]) for name, weight in kept.items()) == (kind == better)
+    assert "quantization_config" not in json.loads((folder / "model" / "config.json").read_text(encoding="utf-8"))
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert f"{nll['original']:.4f}" in page
+    assert f"{nll['dequantized']:.4f}" in page
+
+
+def test_d06_the_dequantised_candidate_is_the_model_that_was_trained(quantised: tuple[str, Path], tiny_model: Path) -> None:
+    """Its NLL is that of the quantised base with its adapter, to rounding; that of the original weights is further off."""
+    quantization, folder = quantised
+    base: Any = AutoModelForCausalLM.from_pretrained(
+        tiny_model, dtype=torch.float32, quantization_config=QUANTIZED[quantization], device_map={"": "cpu"}
+    )
+    trained = PeftModel.from_pretrained(base, str(folder / "adapter")).train()  # evaluation mode packs the weights anew on a CPU
+    tokenizer, chat = AutoTokenizer.from_pretrained(tiny_model), ChatFormat.load(folder / "adapter")
+    rows = load_rows(folder / "rows.jsonl", tokenizer, chat).rows
+    sums = [torch.nn.functional.cross_entropy(answer_logits(trained, row), torch.tensor(row.answer_ids), reduction="sum") for row in rows]
+    nll, measured = float(sum(sums)) / answer_tokens(rows), record_of(folder)["bases"]["nll"]
+    assert measured["dequantized"] == pytest.approx(nll, abs=2e-4)
+    assert abs(measured["dequantized"] - nll) < abs(measured["original"] - nll)
+
+
+def test_the_base_to_merge_into_can_be_named(tiny_model: Path, tmp_path: Path) -> None:
+    adapter = make_adapter(tmp_path / "adapter", tiny_model, quantization="nf4", steps=2)
+    main([*flags_for(tmp_path, adapter), "--merge_base", "dequantized", "--output", str(tmp_path / "model")])
+    record = record_of(tmp_path)
+    assert record["merge_base"] == "dequantized"
+    assert record["bases"]["nll"].keys() == {"dequantized"}
+    assert record["trained_in_4bit"]
+
+
+def test_rows_are_measured_and_none_of_their_words_are_told(adapter: Path, tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl")
+    main([*flags_for(tmp_path, adapter), "--dataset", str(rows), "--output", str(tmp_path / "model")])
+    record = record_of(tmp_path)
+    assert record["measured_on"]["rows"] == 16
+    assert record["measured_on"]["lines"][:3] == [1, 4, 7]
+    for name in ("merge_info.json", "report.html"):
+        text = (tmp_path / name).read_text(encoding="utf-8")
+        assert not any(word in text for word in ("心脏", "疼痛", "甲状腺"))
+    assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_the_report_stands_alone_in_two_languages(merged: Path) -> None:
+    page = (merged / "report.html").read_text(encoding="utf-8")
+    record = record_of(merged)
+    for part in ("proven", "已验证", "Certificate", "合并证书", record["model_digest"], f"{record['certificate']['saved_bf16']['kl']:.4g}"):
+        assert part in page
+    assert not any(part in page for part in ("src=", "href=", "http"))
+
+
+def test_a_model_too_large_for_the_memory_is_proven_from_the_disk(
+    adapter: Path, merged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for module in ("run", "running"):
+        monkeypatch.setattr(f"components.merge.{module}.free_bytes", lambda device: 3_000_000)
+    main([*flags_for(tmp_path, adapter), "--output", str(tmp_path / "model")])
+    assert "one layer at a time, from the disk" in capsys.readouterr().out
+    record, whole = record_of(tmp_path), record_of(merged)
+    assert record["model_digest"] == whole["model_digest"]
+    assert record["measured_on"]["whole_in_memory"] is False
+    assert record["certificate"]["merged_fp32"]["max_logit_difference"] < 1e-3
+    assert record["certificate"]["saved_bf16"]["greedy_rows"] == 0
+    assert record["certificate"]["saved_bf16"]["kl"] == pytest.approx(whole["certificate"]["saved_bf16"]["kl"], rel=0.01)
+
+
+def test_a_base_that_changed_since_the_training_is_told(
+    adapter: Path, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = Path(shutil.copytree(tiny_model, tmp_path / "other"))
+    config = json.loads((other / "config.json").read_text(encoding="utf-8"))
+    (other / "config.json").write_text(json.dumps(config | {"note": "changed"}), encoding="utf-8")
+    main([*flags_for(tmp_path, adapter), "--base_model", str(other), "--output", str(tmp_path / "model")])
+    assert "is not the base model as it was in training" in capsys.readouterr().out
+    assert record_of(tmp_path)["same_base_as_in_training"] is False
+    assert "基础模型与训练时不同" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_exports_lie_beside_the_model_and_are_stored_like_it(adapter: Path, tmp_path: Path) -> None:
+    main(
+        [
+            *flags_for(tmp_path, adapter),
+            "--output",
+            str(tmp_path / "model"),
+            "--storage_uri",
+            f"file://{tmp_path}/store",
+            "--export",
+            "both",
+        ]
+    )
+    record = record_of(tmp_path)
+    assert [export["scheme"] for export in record["exports"]] == ["int8", "int4"]
+    for export in record["exports"]:
+        assert (tmp_path / f"model-{export['scheme']}" / "config.json").is_file()
+        folder, manifest = fetch_model(export["model_uri"], tmp_path / "cache")
+        assert folder != tmp_path / "model"
+        assert manifest.facts["merged_from"] == record["model_digest"]
+        assert export["certificate"]["nll"] > 0
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "INT8" in page
+    assert "INT4" in page
 
 
 def test_a_model_that_a_bad_learning_rate_broke_is_merged_all_the_same(tiny_model: Path, tmp_path: Path) -> None:
-    adapter = train_adapter(tmp_path / "work", tiny_model, "--learning_rate", "10")
+    adapter = make_adapter(tmp_path / "adapter", tiny_model, rate=1.0, steps=10)
     main([*flags_for(tmp_path, adapter), "--output", str(tmp_path / "model")])
     assert (tmp_path / "model" / "model.safetensors").is_file()
     assert all(isinstance(value, (int, float)) for value in record_of(tmp_path)["metrics"].values())
@@ -273,21 +387,18 @@ def test_another_base_name_is_told(adapter: Path, tiny_model: Path, tmp_path: Pa
 
 def test_a_merge_killed_half_way_leaves_no_model(adapter: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "components.merge", *flags_for(tmp_path, adapter), "--output", str(tmp_path / "model")]
-    with subprocess.Popen(command, cwd=PROJECT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ) as process:
-        for _ in range(6000):
-            if any(path.suffix == ".safetensors" for path in tmp_path.rglob(".model.*/*")):
-                break
+    said = tmp_path / "said.txt"
+    with said.open("w") as file, subprocess.Popen(command, cwd=PROJECT, stdout=file, stderr=file, env=os.environ) as process:
+        while process.poll() is None and not any(path.suffix == ".safetensors" for path in tmp_path.rglob(".model.*/*")):
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
         process.wait(30)
-    assert process.returncode == -signal.SIGKILL
+    assert process.returncode == -signal.SIGKILL, said.read_text(encoding="utf-8")
     assert not (tmp_path / "model").exists()
     assert not (tmp_path / "merge_info.json").exists()
 
 
 def test_the_digest_changes_with_the_adapter(adapter: Path, tmp_path: Path) -> None:
-    from components.merge.adapter import read_adapter
-
     before = read_adapter(adapter).digest
     spoiled = Path(shutil.copytree(adapter, tmp_path / "adapter"))
     assert read_adapter(spoiled).digest == before
