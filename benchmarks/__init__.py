@@ -1,0 +1,1 @@
+"""Benchmarks: programs that print a ratio and its spread; never part of the tests."""
