@@ -13,6 +13,7 @@ from components.deploy.config import DeploySettings
 from components.evaluate.component import evaluate
 from components.evaluate.config import EvaluateSettings
 from components.merge.component import merge
+from components.merge.config import MergeSettings
 from components.prepare.component import prepare
 from components.prepare.config import PrepareSettings
 from components.report.component import report
@@ -26,6 +27,9 @@ STORAGE_KEYS = {
 }
 
 
+SETTINGS = (PrepareSettings, TrainSettings, MergeSettings, EvaluateSettings, DeploySettings)  # what checks the parameters' values
+
+
 @dsl.pipeline(name="medical-qa", description="Fine-tune a medical question-answering model and put it into service")
 def medical_qa(
     # data
@@ -37,24 +41,40 @@ def medical_qa(
     test_fraction: float = PrepareSettings.default("test_fraction"),
     # training
     base_model: str = TrainSettings.default("base_model"),
-    epochs: float = TrainSettings.default("epochs"),
-    learning_rate: float = TrainSettings.default("learning_rate"),
-    batch_size: int = TrainSettings.default("batch_size"),
-    gradient_accumulation_steps: int = TrainSettings.default("gradient_accumulation_steps"),
-    max_length: int = TrainSettings.default("max_length"),
-    warmup_steps: int = TrainSettings.default("warmup_steps"),
-    lora_r: int = TrainSettings.default("lora_r"),
-    lora_alpha: int = TrainSettings.default("lora_alpha"),
-    lora_dropout: float = TrainSettings.default("lora_dropout"),
-    load_in_4bit: bool = TrainSettings.default("load_in_4bit"),
-    gradient_checkpointing: bool = TrainSettings.default("gradient_checkpointing"),
+    max_length: str = TrainSettings.default("max_length"),
+    batch_size: str = TrainSettings.default("batch_size"),
+    gradient_accumulation_steps: str = TrainSettings.default("gradient_accumulation_steps"),
+    packing: str = TrainSettings.default("packing"),
+    epochs: str = TrainSettings.default("epochs"),
+    learning_rate: str = TrainSettings.default("learning_rate"),
+    warmup_steps: str = TrainSettings.default("warmup_steps"),
+    lora_r: str = TrainSettings.default("lora_r"),
+    lora_alpha: str = TrainSettings.default("lora_alpha"),
+    lora_dropout: str = TrainSettings.default("lora_dropout"),
+    use_rslora: bool = TrainSettings.default("use_rslora"),
+    use_dora: bool = TrainSettings.default("use_dora"),
+    quantization: str = TrainSettings.default("quantization"),
+    gradient_checkpointing: str = TrainSettings.default("gradient_checkpointing"),
     precision: str = TrainSettings.default("precision"),
+    evaluations_per_epoch: int = TrainSettings.default("evaluations_per_epoch"),
+    patience: int = TrainSettings.default("patience"),
+    sharding: str = TrainSettings.default("sharding"),
+    num_nodes: int = TrainSettings.default("num_nodes"),
     seed: int = TrainSettings.default("seed"),
+    # merging
+    merge_base: str = MergeSettings.default("merge_base"),
+    export: str = MergeSettings.default("export"),
     # evaluation and the gate
     sample_size: int = EvaluateSettings.default("sample_size"),
     max_new_tokens: int = EvaluateSettings.default("max_new_tokens"),
     bertscore_model: str = EvaluateSettings.default("bertscore_model"),
+    exam_path: str = EvaluateSettings.default("exam_path"),
+    exam_sample_size: int = EvaluateSettings.default("exam_sample_size"),
+    guarded: str = EvaluateSettings.default("guarded"),
     tolerance: float = EvaluateSettings.default("tolerance"),
+    minimums: str = EvaluateSettings.default("minimums"),
+    max_degenerate: float = EvaluateSettings.default("max_degenerate"),
+    max_never_stopped: float = EvaluateSettings.default("max_never_stopped"),
     # service
     deploy_target: str = DeploySettings.default("deploy_target"),
     service_name: str = DeploySettings.default("service_name"),
@@ -107,22 +127,39 @@ def medical_qa(
             train(
                 dataset=prepared.outputs["dataset"],
                 base_model=base_model,
-                epochs=epochs,
-                learning_rate=learning_rate,
+                max_length=max_length,
                 batch_size=batch_size,
                 gradient_accumulation_steps=gradient_accumulation_steps,
-                max_length=max_length,
+                packing=packing,
+                epochs=epochs,
+                learning_rate=learning_rate,
                 warmup_steps=warmup_steps,
                 lora_r=lora_r,
                 lora_alpha=lora_alpha,
                 lora_dropout=lora_dropout,
-                load_in_4bit=load_in_4bit,
+                use_rslora=use_rslora,
+                use_dora=use_dora,
+                quantization=quantization,
                 gradient_checkpointing=gradient_checkpointing,
                 precision=precision,
+                evaluations_per_epoch=evaluations_per_epoch,
+                patience=patience,
+                sharding=sharding,
+                num_nodes=num_nodes,
+                checkpoint_uri=f"{storage_uri}/checkpoints",
                 seed=seed,
             )
         )
-        merged = heavy(merge(adapter=trained.outputs["adapter"], base_model=base_model, storage_uri=storage_uri))
+        merged = heavy(
+            merge(
+                adapter=trained.outputs["adapter"],
+                dataset=prepared.outputs["dataset"],
+                base_model=base_model,
+                storage_uri=storage_uri,
+                merge_base=merge_base,
+                export=export,
+            )
+        )
         evaluated = heavy(
             evaluate(
                 dataset=prepared.outputs["dataset"],
@@ -131,7 +168,13 @@ def medical_qa(
                 sample_size=sample_size,
                 max_new_tokens=max_new_tokens,
                 bertscore_model=bertscore_model,
+                exam_path=exam_path,
+                exam_sample_size=exam_sample_size,
+                guarded=guarded,
                 tolerance=tolerance,
+                minimums=minimums,
+                max_degenerate=max_degenerate,
+                max_never_stopped=max_never_stopped,
                 seed=seed,
             )
         )

@@ -65,6 +65,8 @@ def check_parameters(values: dict[str, Any], defaults: dict[str, Any], *, where:
     """
     import difflib
 
+    from pipeline import SETTINGS
+
     checked = {}
     for name, value in values.items():
         if name not in defaults:
@@ -78,6 +80,9 @@ def check_parameters(values: dict[str, Any], defaults: dict[str, Any], *, where:
             checked[name] = _as_type_of(value, defaults[name])
         except (ValueError, TypeError):
             raise UserError(f"{name} needs {_kind(defaults[name])}, not {value!r}", where=where) from None
+    problems = [problem.removeprefix("--") for settings in SETTINGS for problem in settings.problems(checked)]
+    if problems:
+        raise UserError(f"{len(set(problems))} parameter(s) can't be used", where=f"{where}: {'; '.join(dict.fromkeys(problems))}")
     return checked
 
 

@@ -125,12 +125,12 @@ def _metrics(steps: dict[str, dict[str, Any]]) -> str:
 def _loss_curve(steps: dict[str, dict[str, Any]]) -> str:
     uri = steps["train"].get("outputs", {}).get("artifacts", {}).get("adapter", {}).get("uri")
     info = _read(Path(uri) / "train_info.json") if uri else {}
-    epochs, base = info.get("epochs", []), info.get("metrics", {}).get("validation_loss_base")
-    if not epochs or base is None:
+    points, base = info.get("evaluations", []), info.get("metrics", {}).get("validation_loss_base")
+    if not points or base is None:
         return ""
     series = {
-        "training 训练": [(epoch["step"], epoch["train_loss"]) for epoch in epochs],
-        "validation 验证": [(0, base), *((epoch["step"], epoch["validation_loss"]) for epoch in epochs)],
+        "training 训练": [(point["step"], point["train_loss"]) for point in points if point["train_loss"] is not None],
+        "validation 验证": [(0, base), *((point["step"], point["validation_loss"]) for point in points if point["validation_loss"] is not None)],
     }
     return card(both("Loss, nats per token", "损失（nat/词元）"), line_chart(series, x_label="optimizer step 优化步"))
 

@@ -158,7 +158,7 @@ def test_every_pipeline_parameter_is_used(spec: dict[str, Any], text: str) -> No
 
 def test_the_docstring_of_the_pipeline_is_short_enough_to_read() -> None:
     source = Path(medical_qa.pipeline_func.__code__.co_filename).read_text(encoding="utf-8")
-    assert len(source.splitlines()) <= 180
+    assert len(source.splitlines()) <= 220
 
 
 def test_a_nested_graph_gets_every_channel_its_tasks_read(spec: dict[str, Any]) -> None:

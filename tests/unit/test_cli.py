@@ -45,8 +45,10 @@ def test_help_of_every_command() -> None:
         ("a: [", "not YAML"),
         ("- 1", "one `name: value` a line"),
         ("epoch: 3", "did you mean epochs"),
-        ("epochs: many", "needs a number"),
-        ("load_in_4bit: maybe", "true or false"),
+        ("validation_fraction: many", "needs a number"),
+        ("use_dora: maybe", "true or false"),
+        ("epochs: many", "epochs: Input should be a valid number"),
+        ("{learning_rate: -1, quantization: int3}", "2 parameter(s) can't be used"),
     ],
 )
 def test_a_bad_parameter_file(tmp_path: Path, content: str | None, message: str) -> None:
@@ -99,7 +101,7 @@ def test_compile_writes_one_file(tmp_path: Path) -> None:
 
 def test_parameters_are_listed() -> None:
     lines = command("parameters").stdout.splitlines()
-    assert "base_model = 'Qwen/Qwen2.5-7B-Instruct'" in lines and "batch_size = 4" in lines and "load_in_4bit = False" in lines
+    assert "base_model = 'Qwen/Qwen2.5-7B-Instruct'" in lines and "batch_size = 'auto'" in lines and "use_dora = False" in lines
 
 
 def test_an_interrupt_stops_the_step_and_is_recorded(tiny_model: Path, tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ def test_a_run_with_everything(tmp_path: Path) -> None:
     record = record_of(tmp_path)
     adapter = record.folder / "adapter"
     adapter.mkdir()
-    info = {"epochs": [{"step": 2, "train_loss": 3.0, "validation_loss": 2.5}], "metrics": {"validation_loss_base": 4.0}}
+    info = {"evaluations": [{"step": 2, "train_loss": 3.0, "validation_loss": 2.5}], "metrics": {"validation_loss_base": 4.0}}
     (adapter / "train_info.json").write_text(json.dumps(info))
     answers = {"tuned": {"answer": "微调回答 <script>"}, "base": {"answer": "基座回答"}}
     results = {
