@@ -72,14 +72,14 @@ def build(folder: Path, layers: int) -> tuple[Path, Path]:
         num_key_value_heads=4,
         dtype=torch.bfloat16,
     )
-    model = Qwen2ForCausalLM(config).to(torch.bfloat16)
+    model = Qwen2ForCausalLM(config).bfloat16()
     layer_bytes = 2 * sum(parameter.numel() for parameter in model.model.layers[0].parameters())
     model.save_pretrained(folder / "base", max_shard_size=int(layer_bytes * 1.05))
     lora = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=RANK, lora_alpha=2 * RANK, target_modules="all-linear"))
     for name, parameter in lora.named_parameters():
         if "lora_B" in name:
             parameter.data.normal_(0, 0.01)
-    lora.save_pretrained(folder / "adapter")
+    lora.save_pretrained(str(folder / "adapter"))
     ChatFormat("", "", 2, (2,), 0).save(folder / "adapter")
     write_json(folder / "adapter" / "train_info.json", {})
     return folder / "base", folder / "adapter"

@@ -52,16 +52,25 @@ def _check_writable(*paths: Path) -> None:
 
 def _print_summary(results: dict[str, Any], settings: EvaluateSettings) -> None:
     interval = f"{settings.confidence:.0%} interval"
-    print(f"\n{'metric':<18}{'base':>10}{'tuned':>10}{'difference':>13}  {interval}")
+    print(f"\n{'metric':<26}{'base':>10}{'tuned':>10}{'difference':>13}  {interval}")
     for name, metric in results["metrics"].items():
-        difference = metric["difference"] or {}
-        shown = [_number(metric["base"]), _number(metric["tuned"]), _number(difference.get("mean"), "+")]
-        ends = f"[{_number(difference['low'], '+')}, {_number(difference['high'], '+')}]" if difference else ""
-        print(f"{name:<18}{shown[0]:>10}{shown[1]:>10}{shown[2]:>13}  {ends}".rstrip())
+        some = f"  ({metric['rows']} rows)" if metric["rows"] < results["data"]["used"] else ""
+        _print_line(name, metric["base"], metric["tuned"], metric["difference"], some)
+    if exam := results["exam"]:
+        for way in ("likelihood", "generated"):
+            base, tuned = ((exam[model] or {way: {"accuracy": None}})[way]["accuracy"] for model in ("base", "tuned"))
+            compared = (exam["comparison"] or {}).get(way)
+            _print_line(f"exam accuracy, {way}", base, tuned, compared["difference"] if compared else None, "")
     print(f"\ndecision: {results['decision']}")
     for reason in results["reasons"]:
         print(f"  {'+' if reason['passed'] else '-'} {reason['english']}")
     print(f"\n{settings.results}, {settings.report} and {settings.metrics} written in {results['timings']['total_s']:.0f} s")
+
+
+def _print_line(name: str, base: float | None, tuned: float | None, difference: dict[str, float | None] | None, some: str) -> None:
+    known = difference or {}
+    ends = f"[{_number(known['low'], '+')}, {_number(known['high'], '+')}]" if known else ""
+    print(f"{name:<26}{_number(base):>10}{_number(tuned):>10}{_number(known.get('mean'), '+'):>13}  {ends}{some}".rstrip())
 
 
 def _number(value: float | None, sign: str = "") -> str:

@@ -1,4 +1,4 @@
-"""What one model does with the held-out rows: its greedy answers, and the NLL of the reference answers."""
+"""What one model does, loaded once: its greedy answers to the held-out rows, the NLL of the reference answers, and the exam."""
 
 from __future__ import annotations
 
@@ -11,34 +11,51 @@ from components.common.chat import ChatFormat
 from components.common.engine import Completion, Engine, Sampling
 from components.common.errors import ModelError
 from components.common.progress import progress
+from components.evaluate.exam_sitting import Sitting
+from components.evaluate.exams import ExamResult
 from components.evaluate.held_out import HeldOutRow
 from components.evaluate.nll import answer_nll
 
 
 @dataclass(frozen=True)
 class Answers:
-    """One value per held-out row in each list, and the seconds that they took."""
+    """One value per held-out row in each list, what the model did with the exam, and the seconds that it all took."""
 
     completions: list[Completion]
     texts: list[str]
     nll: list[float]
     timings: dict[str, float]
+    exam: ExamResult | None = None
 
 
-def answer_all(folder: Path, label: str, rows: Sequence[HeldOutRow], *, chat: ChatFormat, batch_size: int, max_new_tokens: int) -> Answers:
-    """Load a model, let it answer every row, score the references, and free its memory.
+def answer_all(
+    folder: Path,
+    label: str,
+    rows: Sequence[HeldOutRow],
+    *,
+    chat: ChatFormat,
+    batch_size: int,
+    max_new_tokens: int,
+    sitting: Sitting | None = None,
+) -> Answers:
+    """Load a model, let it answer every row, score the references, let it sit the exam, and free its memory.
 
     Args:
         label: names the model in the progress lines.
         chat: the tuned model's format, for both models.
+        sitting: the exam, if there is one.
 
     Raises:
         ModelError: the folder can't be loaded, or the model does not know the rows' tokens.
     """
     started = time.monotonic()
-    longest_prompt = max(len(row.prompt_ids) for row in rows)
-    engine = Engine.load(folder, chat=chat, max_concurrency=batch_size, max_prompt_tokens=longest_prompt, max_new_tokens=max_new_tokens)
-    with engine:
+    longest_prompt, longest_answer = max(len(row.prompt_ids) for row in rows), max_new_tokens
+    if sitting:
+        longest_prompt = max(longest_prompt, sitting.longest_prompt_tokens)
+        longest_answer = max(longest_answer, sitting.max_new_tokens)
+    with Engine.load(
+        folder, chat=chat, max_concurrency=batch_size, max_prompt_tokens=longest_prompt, max_new_tokens=longest_answer
+    ) as engine:
         vocabulary = engine.model.get_input_embeddings().num_embeddings
         if max(max(row.ids) for row in rows) >= vocabulary:
             raise ModelError(
@@ -56,5 +73,7 @@ def answer_all(folder: Path, label: str, rows: Sequence[HeldOutRow], *, chat: Ch
             completions = engine.generate([row.prompt_ids for row in rows], sampling, lambda _: meter.advance())
         answered = time.monotonic()
         texts = [engine.tokenizer.decode(completion.token_ids, skip_special_tokens=True).strip() for completion in completions]
-    timings = {"load_s": loaded - started, "nll_s": scored - loaded, "answers_s": answered - scored}
-    return Answers(completions, texts, nll, {name: round(value, 2) for name, value in timings.items()})
+        exam = sitting.sit(engine, label) if sitting else None
+        ended = time.monotonic()
+    timings = {"load_s": loaded - started, "nll_s": scored - loaded, "answers_s": answered - scored, "exam_s": ended - answered}
+    return Answers(completions, texts, nll, {name: round(value, 2) for name, value in timings.items()}, exam)

@@ -3,13 +3,15 @@
 Range 0–1 in practice (−1 to 1 by its formula), higher is better; not rescaled, so numbers compare within one encoder only. Tokenizer:
 the encoder's own. Source: Zhang et al., "BERTScore: Evaluating Text Generation with BERT", 2020; computed by the `bert-score` library.
 
+A text longer than the encoder's window is encoded in windows side by side, so that nothing is cut; at a seam a token does not see its neighbours
+in the window before. Such texts are counted.
+
 The encoder is a local folder, never the hub, and may be a causal language model. Two thirds of its layers are used: where the paper
 found the best correlation with people for most models (8 of 12 for bert-base-chinese, 17 of 24 for roberta-large).
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +20,7 @@ from typing import Any, Self
 from components.common.device import choose_compute
 from components.common.errors import ModelError
 
-MAX_TOKENS = 2048  # bounds the memory of an encoder with a long window; longer texts are cut, and counted
+MAX_TOKENS = 2048  # bounds the memory of an encoder with a long window
 
 
 @dataclass
@@ -27,15 +29,15 @@ class Encoder:
 
     Attributes:
         layers: how many of the model's layers are used.
-        window_tokens: longest text, tokens with the special ones.
-        cut_texts: how many texts were longer and were cut; a text counts once for each pair it is in.
+        window_tokens: tokens encoded at one time, with the special ones.
+        windowed_texts: how many texts were longer and took several windows; a text counts once for each pair it is in.
     """
 
     model: Any
     tokenizer: Any
     layers: int
     window_tokens: int
-    cut_texts: int = field(default=0)
+    windowed_texts: int = field(default=0)
 
     @classmethod
     def load(cls, folder: Path) -> Self:
@@ -83,34 +85,48 @@ class Encoder:
         Returns:
             One value per pair, in the order given.
         """
-        from bert_score.utils import bert_cos_score_idf
+        from bert_score.utils import greedy_cos_idf
 
         result = [0.0] * len(references)
         lengths = [max(self._count(reference), self._count(answer)) for reference, answer in zip(references, answers, strict=True)]
         order = [pair for pair in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True) if answers[pair].strip()]
-        weights: dict[int, float] = defaultdict(lambda: 1.0, dict.fromkeys(self.tokenizer.all_special_ids, 0.0))
         # One call per batch: the library sorts by words between blanks, of which Chinese has none, and keeps every embedding of a call.
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
-            values = bert_cos_score_idf(
-                self.model,
-                [references[pair] for pair in batch],
-                [answers[pair] for pair in batch],
-                self.tokenizer,
-                weights,
-                batch_size=2 * batch_size,
-                device=self.model.device,
-            )
-            for pair, value in zip(batch, values[:, 2].tolist(), strict=True):
+            embedded = [self._embed([texts[pair] for pair in batch]) for texts in (references, answers)]
+            for pair, value in zip(batch, greedy_cos_idf(*embedded[0], *embedded[1])[2].tolist(), strict=True):
                 result[pair] = value
             if on_done:
                 on_done(len(batch))
         return result
 
+    def _embed(self, texts: Sequence[str]) -> tuple[Any, Any, Any]:
+        """Embeddings (texts, tokens, hidden), mask and weights (texts, tokens) of texts; special tokens have the weight 0."""
+        import torch
+        from torch.nn.utils.rnn import pad_sequence
+
+        limits = {"truncation": True, "max_length": self.window_tokens, "return_overflowing_tokens": True}
+        encoded = self.tokenizer([text.strip() for text in texts], **limits)  # one entry per window
+        windows = list(zip(encoded["overflow_to_sample_mapping"], encoded["input_ids"], strict=True))
+        states: list[list[Any]] = [[] for _ in texts]
+        for start in range(0, len(windows), len(texts)):
+            chunk = windows[start : start + len(texts)]
+            padded = pad_sequence([torch.tensor(one) for _, one in chunk], batch_first=True, padding_value=self.tokenizer.pad_token_id)
+            present = pad_sequence([torch.ones(len(one), dtype=torch.long) for _, one in chunk], batch_first=True)
+            with torch.inference_mode():
+                output = self.model(padded.to(self.model.device), attention_mask=present.to(self.model.device))[0]
+            for (at, one), hidden in zip(chunk, output, strict=True):
+                states[at].append(hidden[: len(one)].cpu())
+        tokens = [torch.tensor([token for at, one in windows if at == index for token in one]) for index in range(len(texts))]
+        ignored = torch.tensor(self.tokenizer.all_special_ids)
+        weights = pad_sequence([(~torch.isin(one, ignored)).float() for one in tokens], batch_first=True)
+        mask = pad_sequence([torch.ones(len(one), dtype=torch.long) for one in tokens], batch_first=True)
+        return pad_sequence([torch.cat(one) for one in states], batch_first=True, padding_value=2.0), mask, weights
+
     def _count(self, text: str) -> int:
         tokens = len(self.tokenizer(text, truncation=False, verbose=False).input_ids)
-        self.cut_texts += tokens > self.window_tokens
-        return min(tokens, self.window_tokens)
+        self.windowed_texts += tokens > self.window_tokens
+        return tokens
 
 
 def check_encoder(folder: Path) -> None:

@@ -7,49 +7,54 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from components.evaluate.compare import Interval
-from components.evaluate.metrics import METRICS
+from components.evaluate.gate_bounds import MIN_ROWS, Reason, at_least, at_most, better_nll, exam_not_worse, not_worse
+from components.evaluate.scores import Comparison
 
-MIN_ROWS = 3  # below, an interval says nothing
 FEW_ROWS = 20  # below, an interval is too narrow for its confidence
-GUARDED = ("rouge_l", "bertscore", "degenerate", "never_stopped")
 
 Decision = Literal["promote", "hold"]
 
 
-class Reason(NamedTuple):
-    """What one rule found; the decision is promote when every rule passed."""
+@dataclass(frozen=True)
+class Rules:
+    """The bounds of the gate.
 
-    rule: str
-    passed: bool
-    english: str
-    chinese: str
+    Attributes:
+        tolerance: how much worse than the base a guarded metric or an exam may be, as a share of its range.
+        confidence: of every interval.
+        guarded: metrics that may not be significantly worse than the base's beyond the tolerance.
+        minimums: the least mean of a metric.
+        maximums: the largest mean of a metric; 1 for a share: no bound.
+    """
+
+    tolerance: float
+    confidence: float
+    guarded: tuple[str, ...]
+    minimums: dict[str, float]
+    maximums: dict[str, float]
 
 
 def decide(
-    tuned: Mapping[str, float],
-    base: Mapping[str, float] | None,
-    differences: Mapping[str, Interval],
-    *,
-    rows: int,
-    leaked: Sequence[int] | None,
-    tolerance: float,
-    confidence: float,
+    comparison: Comparison, rules: Rules, *, rows: int, leaked: Sequence[int] | None, exam: Mapping[str, Any] | None = None
 ) -> tuple[Decision, list[Reason]]:
     """Apply the rules.
 
     Args:
-        tuned, base: mean of each metric; `base` is None when there is nothing to compare with.
-        differences: tuned − base of each metric; empty without a base.
         leaked: lines of held-out rows whose question was trained on; None when that can't be known.
-        tolerance: how much worse than the base a guarded metric may be, as a share of its range.
+        exam: `exam_scores.compare_exams` of both models; None without an exam or a base.
     """
-    reasons = [_base_given(base is not None), _enough_rows(rows), _finite(tuned, base)]
-    if differences:
-        reasons.append(_better_nll(differences["nll"], confidence))
-        reasons += [_not_worse(name, differences[name], tolerance, confidence) for name in GUARDED if name in differences]
+    reasons = [_base_given(comparison.base is not None), _enough_rows(rows), _finite(comparison)]
+    if comparison.base is not None:
+        reasons.append(better_nll(comparison.differences["nll"], rules.confidence))
+        reasons += [not_worse(name, comparison, rows, rules.tolerance, rules.confidence) for name in rules.guarded]
+        ways = [(way, compared) for way, compared in (exam or {}).items() if compared]
+        reasons += [exam_not_worse(way, compared, rules.tolerance, rules.confidence) for way, compared in ways]
+    reasons += [at_least(name, comparison, bound, rules.confidence) for name, bound in rules.minimums.items()]
+    reasons += [at_most(name, comparison, bound, rules.confidence) for name, bound in rules.maximums.items() if bound < 1]
     reasons.append(_held_out(leaked))
     return ("promote" if all(reason.passed for reason in reasons) else "hold"), reasons
 
@@ -83,45 +88,14 @@ def _enough_rows(rows: int) -> Reason:
     )
 
 
-def _finite(tuned: Mapping[str, float], base: Mapping[str, float] | None) -> Reason:
-    models = [("tuned", "微调", tuned)] + ([("base", "基础", base)] if base is not None else [])
-    broken = [(en, zh, name) for en, zh, means in models for name, value in means.items() if not math.isfinite(value)]
+def _finite(comparison: Comparison) -> Reason:
+    models: list[tuple[str, str, dict[str, Interval]]] = [("tuned", "微调", comparison.tuned), ("base", "基础", comparison.base or {})]
+    broken = [(en, zh, name) for en, zh, means in models for name, interval in means.items() if not math.isfinite(interval.mean)]
     if broken:
         english = ", ".join(f"{name} of the {en} model" for en, _, name in broken)
         chinese = "、".join(f"{zh}模型的 {name}" for _, zh, name in broken)
         return Reason("finite", False, f"Not a finite number: {english}.", f"不是有限的数：{chinese}。")
     return Reason("finite", True, "Every metric is a finite number.", "所有指标都是有限的数。")
-
-
-def _better_nll(difference: Interval, confidence: float) -> Reason:
-    passed = difference.high < 0
-    return Reason(
-        "better_nll",
-        passed,
-        f"The NLL of held-out answers changed by {_shown(difference)} nats per token ({confidence:.0%} interval); "
-        + ("its upper end is below 0: the tuned model is better." if passed else "its upper end must be below 0."),
-        f"留出答案的负对数似然变化 {_shown(difference)} nat/词元（{confidence:.0%} 区间）；"
-        + ("上端小于 0：微调后的模型更好。" if passed else "其上端必须小于 0。"),
-    )
-
-
-def _not_worse(name: str, difference: Interval, tolerance: float, confidence: float) -> Reason:
-    metric = METRICS[name]
-    bound = tolerance * (metric.width or 1.0)
-    if metric.better == "higher":
-        passed, limit = not difference.high < -bound, f"−{bound:g}"
-    else:
-        passed, limit = not difference.low > bound, f"+{bound:g}"
-    passed = passed and math.isfinite(difference.mean)
-    side = ("below", "低于") if metric.better == "higher" else ("above", "高于")
-    return Reason(
-        f"not_worse_{name}",
-        passed,
-        f"{metric.english} changed by {_shown(difference)} ({confidence:.0%} interval); it is "
-        + (f"not wholly {side[0]} {limit}." if passed else f"wholly {side[0]} {limit}: worse than the base."),
-        f"{metric.chinese}变化 {_shown(difference)}（{confidence:.0%} 区间）；"
-        + (f"并非整体{side[1]} {limit}。" if passed else f"整体{side[1]} {limit}：比基础模型差。"),
-    )
 
 
 def _held_out(leaked: Sequence[int] | None) -> Reason:
@@ -141,7 +115,3 @@ def _held_out(leaked: Sequence[int] | None) -> Reason:
             f"有 {len(leaked)} 个留出问题也在训练集中（源文件第 {lines} 行）：请重新运行 prepare 步骤。",
         )
     return Reason("held_out", True, "No held-out question is in the training split.", "留出问题均不在训练集中。")
-
-
-def _shown(interval: Interval) -> str:
-    return f"{interval.mean:+.4g} [{interval.low:+.4g}, {interval.high:+.4g}]"

@@ -11,7 +11,7 @@ from components.common.chat import ChatFormat, Message
 from components.common.dataset import Row, load_split
 from components.common.errors import DataError
 from components.evaluate.leakage import leaked_lines
-from components.evaluate.sample import sample_indices
+from components.evaluate.sample import StratifiedBy, strata_of, stratified_indices
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -25,6 +25,7 @@ class HeldOutRow:
         line: row number in the source file, from 1.
         ids: the conversation, the question, the reference answer and the end of its turn.
         is_answer: True on the tokens of the answer and the end of its turn.
+        stratum: the kind of row, of which a sample has its share.
     """
 
     line: int
@@ -33,6 +34,7 @@ class HeldOutRow:
     history: tuple[Message, ...]
     ids: list[int]
     is_answer: list[bool]
+    stratum: str = ""
 
     @property
     def prompt_ids(self) -> list[int]:
@@ -48,12 +50,14 @@ class HeldOut:
         available: rows of the split before sampling.
         too_long: lines of rows left out because the model's context can't hold them.
         leaked: lines of rows whose question is in the training split; None without a training split to compare with.
+        stratified_by: what the strata of the rows are.
     """
 
     rows: list[HeldOutRow]
     available: int
     too_long: list[int]
     leaked: list[int] | None
+    stratified_by: StratifiedBy = "language and length"
 
 
 def load_held_out(
@@ -77,8 +81,10 @@ def load_held_out(
     Raises:
         DataError: every row is too long.
     """
-    chosen = split.select(sample_indices(len(split), sample_size, seed))
-    rows, too_long = _tokenised(_rows(chosen), tokenizer, chat, context_tokens, max_new_tokens)
+    stratified_by, strata = strata_of(split)
+    indices = stratified_indices(strata, sample_size, seed)
+    chosen = zip(_rows(split.select(indices)), [strata[index] for index in indices], strict=True)
+    rows, too_long = _tokenised(chosen, tokenizer, chat, context_tokens, max_new_tokens)
     if not rows:
         raise DataError(
             f"no row fits the model's context of {context_tokens} tokens with an answer of {max_new_tokens}",
@@ -88,7 +94,7 @@ def load_held_out(
     leaked = None
     if dataset.is_dir() and (dataset / "train.parquet").exists():
         leaked = leaked_lines(_rows(load_split(dataset, "train")), _rows(split))
-    return HeldOut(rows, len(split), too_long, leaked)
+    return HeldOut(rows, len(split), too_long, leaked, stratified_by)
 
 
 def _rows(split: Iterable[Any]) -> Iterator[Row]:
@@ -97,14 +103,14 @@ def _rows(split: Iterable[Any]) -> Iterator[Row]:
 
 
 def _tokenised(
-    rows: Iterable[Row], tokenizer: Any, chat: ChatFormat, context_tokens: int, max_new_tokens: int
+    rows: Iterable[tuple[Row, str]], tokenizer: Any, chat: ChatFormat, context_tokens: int, max_new_tokens: int
 ) -> tuple[list[HeldOutRow], list[int]]:
     kept, too_long = [], []
-    for row in rows:
+    for row, stratum in rows:
         history = tuple(Message(**turn) for turn in row["history"])
         ids, is_answer = chat.example(tokenizer, row["question"], row["answer"], history)
         if max(len(ids), is_answer.index(True) + max_new_tokens) > context_tokens:
             too_long.append(row["line"])
         else:
-            kept.append(HeldOutRow(row["line"], row["question"], row["answer"], history, ids, is_answer))
+            kept.append(HeldOutRow(row["line"], row["question"], row["answer"], history, ids, is_answer, stratum))
     return kept, too_long

@@ -8,9 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+PERCENTILES = (5, 10, 25, 75, 90, 95)
+
 
 def length_statistics(characters: Sequence[int], tokens: Sequence[int], reference_characters: Sequence[int]) -> dict[str, Any]:
-    """Mean, median, 10th and 90th percentile of the lengths, and the median of the rows' ratios to the reference.
+    """Mean, median and percentiles of the lengths, and the median of the rows' ratios to the reference.
 
     Args:
         characters: length of each answer, characters.
@@ -30,5 +32,6 @@ def length_statistics(characters: Sequence[int], tokens: Sequence[int], referenc
 def _summary(lengths: Sequence[int]) -> dict[str, float]:
     import numpy as np
 
-    p10, median, p90 = np.percentile(lengths, [10, 50, 90])
-    return {"mean": round(float(np.mean(lengths)), 2), "median": float(median), "p10": round(float(p10), 2), "p90": round(float(p90), 2)}
+    summary = {"mean": float(np.mean(lengths)), "median": float(np.median(lengths))}
+    summary |= {f"p{rank}": float(value) for rank, value in zip(PERCENTILES, np.percentile(lengths, PERCENTILES), strict=True)}
+    return {name: round(value, 2) for name, value in summary.items()}

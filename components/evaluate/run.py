@@ -16,11 +16,14 @@ from components.common.storage import Manifest, fetch_model
 from components.evaluate.answers import answer_all
 from components.evaluate.bertscore import Encoder, check_encoder
 from components.evaluate.config import EvaluateSettings
-from components.evaluate.gate import decide
+from components.evaluate.exam_sitting import Sitting, prepare_sitting
+from components.evaluate.gate import Rules, decide
 from components.evaluate.held_out import HeldOut, load_held_out
-from components.evaluate.results import Scored, build_results
+from components.evaluate.metrics import parse_guarded, parse_minimums
+from components.evaluate.overlap import Overlap
+from components.evaluate.results import build_results, exam_results
 from components.evaluate.rouge import Rouge
-from components.evaluate.scores import add_bertscore, compare, score_answers
+from components.evaluate.scores import Scored, add_bertscore, by_stratum, compare, score_answers
 
 NOT_REPORTED = {"model_uri", "base_model", "dataset", "results", "report", "metrics"}  # told by their digests, or only where output goes
 SKIP_BERTSCORE = "none"
@@ -32,6 +35,7 @@ class Inputs:
 
     Attributes:
         encoder: (what it is, folder) of the BERTScore encoder; None to skip.
+        sitting: the exam; None without one.
     """
 
     tuned_folder: Path
@@ -41,6 +45,7 @@ class Inputs:
     encoder: tuple[str, Path] | None
     held_out: HeldOut
     data_digest: str
+    sitting: Sitting | None
 
 
 def load_inputs(settings: EvaluateSettings) -> Inputs:
@@ -55,52 +60,39 @@ def load_inputs(settings: EvaluateSettings) -> Inputs:
     chat = ChatFormat.load(folder)
     base_folder = resolve_base_model(settings.base_model) if settings.base_model else None
     encoder = _encoder(settings.bertscore_model, folder, base_folder)
+    tokenizer = _tokenizer(folder)
+    sitting = prepare_sitting(settings, tokenizer, chat)
     held_out = load_held_out(
         settings.dataset,
         split,
-        tokenizer=_tokenizer(folder),
+        tokenizer=tokenizer,
         chat=chat,
         sample_size=settings.sample_size,
         seed=settings.seed,
         context_tokens=min(_context_tokens(one) for one in (folder, base_folder) if one),
-        max_new_tokens=settings.max_new_tokens,
+        max_new_tokens=max(settings.max_new_tokens, sitting.max_new_tokens if sitting else 0),
     )
-    print(f"rows: {len(held_out.rows)} of {held_out.available} held-out rows", flush=True)
+    sampled = f", a sample by {held_out.stratified_by}" if 0 < settings.sample_size < held_out.available else ""
+    print(f"rows: {len(held_out.rows)} of {held_out.available} held-out rows{sampled}", flush=True)
     if held_out.too_long:
         print(f"left out: {len(held_out.too_long)} rows longer than the model's context (lines {held_out.too_long[:10]})", flush=True)
-    return Inputs(folder, manifest.digest, chat, base_folder, encoder, held_out, data_digest)
+    return Inputs(folder, manifest.digest, chat, base_folder, encoder, held_out, data_digest, sitting)
 
 
 def evaluate(settings: EvaluateSettings, inputs: Inputs) -> dict[str, Any]:
-    """Run both models over the rows, score, compare, decide; the content of the results file."""
+    """Run both models over the rows and the exam, score, compare, decide; the content of the results file."""
     started = time.monotonic()
-    rows = inputs.held_out.rows
-    rouge = Rouge(settings.rouge_tokens)
-
-    def run_model(label: str, folder: Path) -> Scored:
-        answers = answer_all(folder, label, rows, chat=inputs.chat, batch_size=settings.batch_size, max_new_tokens=settings.max_new_tokens)
-        return answers, score_answers(rows, answers, rouge, label)
-
-    timings: dict[str, Any] = {}
-    tuned = run_model("tuned", inputs.tuned_folder)
-    timings["tuned"] = tuned[0].timings
-    base = run_model("base", inputs.base_folder) if inputs.base_folder else None
-    if base:
-        timings["base"] = base[0].timings
+    tuned, base = _run_models(settings, inputs)
+    timings: dict[str, Any] = {name: one.answers.timings for name, one in (("tuned", tuned), ("base", base)) if one}
     before = time.monotonic()
     bertscore = _bertscore(inputs, [one for one in (tuned, base) if one], settings.batch_size)
     timings["bertscore_s"] = round(time.monotonic() - before, 2)
 
-    comparison = compare(tuned[1], base[1] if base else None, confidence=settings.confidence, seed=settings.seed)
-    verdict = decide(
-        comparison.tuned,
-        comparison.base,
-        comparison.differences,
-        rows=len(rows),
-        leaked=inputs.held_out.leaked,
-        tolerance=settings.tolerance,
-        confidence=settings.confidence,
-    )
+    how: dict[str, Any] = {"confidence": settings.confidence, "seed": settings.seed}
+    rows, base_scores = inputs.held_out.rows, base.scores if base else None
+    comparison = compare(tuned.scores, base_scores, **how)
+    exam = exam_results(inputs.sitting, settings.exam_path, tuned, base, **how) if inputs.sitting else None
+    verdict = decide(comparison, _rules(settings), rows=len(rows), leaked=inputs.held_out.leaked, exam=exam["comparison"] if exam else None)
     base_digest = _digest(inputs.base_folder) if inputs.base_folder else ""
     timings["total_s"] = round(time.monotonic() - started, 2)
     return build_results(
@@ -111,10 +103,41 @@ def evaluate(settings: EvaluateSettings, inputs: Inputs) -> dict[str, Any]:
         settings=settings.model_dump(exclude=NOT_REPORTED),
         held_out=inputs.held_out,
         comparison=comparison,
+        strata=by_stratum([row.stratum for row in rows], tuned.scores, base_scores, **how),
         tuned_scored=tuned,
         base_scored=base,
+        exam=exam,
         bertscore=bertscore,
         timings=timings,
+    )
+
+
+def _run_models(settings: EvaluateSettings, inputs: Inputs) -> tuple[Scored, Scored | None]:
+    """Answers and their scores of the tuned model, then of the base, each loaded once."""
+    rows, rouge, overlap = inputs.held_out.rows, Rouge(settings.rouge_tokens), Overlap()
+
+    def scored(label: str, folder: Path) -> Scored:
+        answers = answer_all(
+            folder,
+            label,
+            rows,
+            chat=inputs.chat,
+            batch_size=settings.batch_size,
+            max_new_tokens=settings.max_new_tokens,
+            sitting=inputs.sitting,
+        )
+        return score_answers(rows, answers, rouge, overlap, label)
+
+    return scored("tuned", inputs.tuned_folder), scored("base", inputs.base_folder) if inputs.base_folder else None
+
+
+def _rules(settings: EvaluateSettings) -> Rules:
+    return Rules(
+        tolerance=settings.tolerance,
+        confidence=settings.confidence,
+        guarded=parse_guarded(settings.guarded),
+        minimums=parse_minimums(settings.minimums),
+        maximums={"degenerate": settings.max_degenerate, "never_stopped": settings.max_never_stopped},
     )
 
 
@@ -138,7 +161,7 @@ def _bertscore(inputs: Inputs, scored: list[Scored], batch_size: int) -> dict[st
     )
     add_bertscore(encoder, inputs.held_out.rows, scored, batch_size)
     facts: dict[str, Any] = {"encoder": name, "digest": _digest(folder), "layers": encoder.layers}
-    facts |= {"window_tokens": encoder.window_tokens, "cut_texts": encoder.cut_texts}
+    facts |= {"window_tokens": encoder.window_tokens, "windowed_texts": encoder.windowed_texts}
     return facts
 
 

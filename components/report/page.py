@@ -130,7 +130,10 @@ def _loss_curve(steps: dict[str, dict[str, Any]]) -> str:
         return ""
     series = {
         "training 训练": [(point["step"], point["train_loss"]) for point in points if point["train_loss"] is not None],
-        "validation 验证": [(0, base), *((point["step"], point["validation_loss"]) for point in points if point["validation_loss"] is not None)],
+        "validation 验证": [
+            (0, base),
+            *((point["step"], point["validation_loss"]) for point in points if point["validation_loss"] is not None),
+        ],
     }
     return card(both("Loss, nats per token", "损失（nat/词元）"), line_chart(series, x_label="optimizer step 优化步"))
 

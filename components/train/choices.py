@@ -115,10 +115,10 @@ def precision_name(compute: Compute) -> str:
 
 
 def choose_max_length(asked: int | Auto, seen: Seen) -> Choice:
-    """The longest row that is used: nearly all of them, up to a cap that the device sets; at least one row stays.
+    """The longest row that is used: nearly all of them, up to a cap that the device and the model set.
 
     Raises:
-        DataError: every row is longer than what is asked for.
+        DataError: every row is longer.
     """
     ordered = sorted(seen.lengths)
     found = ordered[math.ceil(KEPT_SHARE * len(ordered)) - 1]
@@ -127,9 +127,6 @@ def choose_max_length(asked: int | Auto, seen: Seen) -> Choice:
     rounded = math.ceil(found / LENGTH_UNIT) * LENGTH_UNIT
     if asked != "auto":
         value, why = asked, AS_ASKED
-    elif cap < ordered[0]:
-        value = ordered[0]
-        why = (f"the shortest row; more than the usual {cap} of this device", f"最短的一条；超过此设备通常的上限 {cap}")
     elif rounded > cap:
         value = cap
         why = (f"the most on this device; 99.5 % of the rows have up to {found}", f"此设备的上限；99.5% 的数据不超过 {found}")
@@ -138,7 +135,9 @@ def choose_max_length(asked: int | Auto, seen: Seen) -> Choice:
         why = (f"99.5 % of the rows have up to {found}, rounded up to {LENGTH_UNIT}", f"99.5% 的数据不超过 {found}，按 {LENGTH_UNIT} 取整")
     if value < ordered[0]:
         raise DataError(
-            f"every training row is longer than {value} tokens", where="--max_length", fix=f"set it to {ordered[0]} or more, or to auto"
+            f"every training row is longer than {value} tokens",
+            where="--max_length",
+            fix=f"set it to {ordered[0]} or more, or shorten the rows",
         )
     dropped = sum(length > value for length in ordered)
     return Choice(

@@ -71,13 +71,24 @@ def test_d12_batches_do_not_change_a_score_or_the_order(bert: Path, tiny_rows: l
     assert done == [4, 3]
 
 
-def test_d12_cut_texts_are_counted(bert: Path) -> None:
+def test_d12_a_text_beyond_the_window_is_scored_whole_and_counted(bert: Path) -> None:
     encoder = Encoder.load(bert)
     assert (encoder.window_tokens, encoder.layers) == (64, 2)
     encoder.scores(["血压", LONG], ["血压", "血压"], batch_size=2)
-    assert encoder.cut_texts == 1
-    encoder.scores([LONG], [LONG], batch_size=2)
-    assert encoder.cut_texts == 3
+    assert encoder.windowed_texts == 1
+    same = encoder.scores([LONG], [LONG], batch_size=2)
+    assert encoder.windowed_texts == 3 and same == pytest.approx([1.0], abs=1e-5)
+    # What only differs far behind the window counts: a cut text would score 1.
+    assert encoder.scores([LONG], [LONG[:300] + "头痛发热，请多喝水。" * 10], batch_size=1)[0] < 0.999
+
+
+def test_windows_of_different_texts_do_not_mix(bert: Path) -> None:
+    encoder = Encoder.load(bert)
+    pairs = [(LONG, "头痛" * 90), ("头痛" * 90, LONG), ("血压", "头痛")]
+    together = encoder.scores([one for one, _ in pairs], [two for _, two in pairs], batch_size=3)
+    alone = [encoder.scores([one], [two], batch_size=1)[0] for one, two in pairs]
+    assert together == pytest.approx(alone, abs=0.01)
+    assert together[0] == pytest.approx(together[1], abs=0.01)  # F1 is symmetric
 
 
 def test_d12_no_network(bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:

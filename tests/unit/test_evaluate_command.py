@@ -105,15 +105,30 @@ def evaluate(folder: Path, **flags: object) -> Run:
 
 
 @pytest.fixture(scope="module")
-def better(models: dict[str, Path], data: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    return evaluate(tmp_path_factory.mktemp("better"), model_uri=models["tuned"], base_model=models["base"], dataset=data)
+def exam(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    rows = [{"question": f"{part}痛怎么办？", "options": {"A": "休息", "B": "跑步", "C": "熬夜"}, "answer": "A"} for part in "头牙腰腹"]
+    path = tmp_path_factory.mktemp("exam") / "exam.jsonl"
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def better_flags(models: dict[str, Path], data: Path, exam: Path) -> dict[str, object]:
+    # The tiny models have never seen a letter alone as an answer: the exam is no part of what makes one better.
+    flags = {"model_uri": models["tuned"], "base_model": models["base"], "dataset": data, "exam_path": exam, "exam_permutations": 2}
+    return flags | {"tolerance": 0.9}
+
+
+@pytest.fixture(scope="module")
+def better(better_flags: dict[str, object], tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return evaluate(tmp_path_factory.mktemp("better"), **better_flags)
 
 
 def test_a_better_model_is_promoted(better: Run, models: dict[str, Path]) -> None:
     assert better.code == 0, better.stderr
     results = better.results
     assert results["decision"] == "promote", results["reasons"]
-    assert results["schema_version"] == 1
+    assert results["schema_version"] == 2
     assert results["model"]["digest"] == Manifest.of_folder(models["tuned"]).digest
     assert results["base"]["digest"] == Manifest.of_folder(models["base"]).digest
     assert len(results["rows"]) == results["data"]["used"] == results["data"]["available"] == 6
@@ -126,12 +141,13 @@ def test_a_better_model_is_promoted(better: Run, models: dict[str, Path]) -> Non
 
 
 def test_d25_no_difference_without_its_interval(better: Run) -> None:
-    for name, metric in better.results["metrics"].items():
+    scored = {name: metric for name, metric in better.results["metrics"].items() if metric["rows"]}
+    for name, metric in scored.items():
         low, mean, high = (metric["difference"][end] for end in ("low", "mean", "high"))
         assert low <= mean + 1e-6 and mean <= high + 1e-6, name
     numbers = json.loads((better.folder / "metrics.json").read_text())
-    differences = {name for name in numbers if name.startswith("difference_")}
-    assert differences == {f"difference_{name}_{end}" for name in better.results["metrics"] for end in ("mean", "low", "high")}
+    differences = {name for name in numbers if name.startswith("difference_") and "exam" not in name}
+    assert differences == {f"difference_{name}_{end}" for name in scored for end in ("mean", "low", "high")}
     (line,) = [line for line in better.stdout.splitlines() if line.startswith("rouge_l")]
     assert line.count("[") == line.count("]") == 1
 
@@ -142,8 +158,19 @@ def test_d19_every_report_has_the_loop_and_the_no_end_rate(better: Run) -> None:
     assert "Share of answers that never stop" in report and "不会停止的答案比例" in report
 
 
-def test_d20_two_runs_are_equal_byte_for_byte(better: Run, models: dict[str, Path], data: Path, tmp_path: Path) -> None:
-    again = evaluate(tmp_path, model_uri=models["tuned"], base_model=models["base"], dataset=data)
+def test_both_models_sit_the_exam(better: Run) -> None:
+    exam = better.results["exam"]
+    assert exam["available"] == exam["tuned"]["questions"] == exam["base"]["questions"] == 4
+    assert exam["tuned"]["prompts"] == 8 and len(exam["questions"]["base"]) == 4
+    assert {"low", "mean", "high"} <= set(exam["comparison"]["generated"]["difference"])
+    rules = [reason["rule"] for reason in better.results["reasons"]]
+    assert "exam_not_worse_likelihood" in rules and "exam_not_worse_generated" in rules
+    assert "exam accuracy, likelihood" in better.stdout
+    assert better.results["timings"]["tuned"]["exam_s"] > 0
+
+
+def test_d20_two_runs_are_equal_byte_for_byte(better: Run, better_flags: dict[str, object], tmp_path: Path) -> None:
+    again = evaluate(tmp_path, **better_flags)
     once, twice = ({name: value for name, value in run.results.items() if name != "timings"} for run in (better, again))
     assert json.dumps(once, ensure_ascii=False) == json.dumps(twice, ensure_ascii=False)
     assert (tmp_path / "metrics.json").read_bytes() == (better.folder / "metrics.json").read_bytes()
@@ -275,9 +302,13 @@ def test_models_that_cannot_be_used(broken: str, models: dict[str, Path], data: 
     [
         ({"bertscore_model": "/nowhere/encoder"}, ["encoder of BERTScore is not there", "/nowhere/encoder"]),
         ({"base_model": "/nowhere/base"}, ["base model's folder does not exist"]),
-        ({"sample_size": "-1", "confidence": "2"}, ["2 setting(s)", "--sample_size", "--confidence"]),
+        ({"exam_path": "/nowhere/exam.jsonl"}, ["/nowhere/exam.jsonl"]),
+        (
+            {"sample_size": "-1", "confidence": "2", "minimums": "rouge=3"},
+            ["3 setting(s)", "--sample_size", "--confidence", "no metric is called 'rouge'"],
+        ),
     ],
-    ids=["no-encoder", "no-base", "bad-settings"],
+    ids=["no-encoder", "no-base", "no-exam", "bad-settings"],
 )
 def test_settings_that_cannot_be_used(flags: dict[str, str], words: list[str], models: dict[str, Path], data: Path, tmp_path: Path) -> None:
     refused(evaluate(tmp_path, model_uri=models["tuned"], dataset=data, **flags), *words)

@@ -75,6 +75,6 @@ def test_an_empty_answer_is_only_empty() -> None:
 
 def test_length_statistics_by_hand() -> None:
     statistics = length_statistics([10, 20, 30, 40, 50], [1, 2, 3, 4, 5], [10, 10, 10, 10, 10])
-    assert statistics["characters"] == {"mean": 30, "median": 30, "p10": 14, "p90": 46}
-    assert statistics["tokens"] == {"mean": 3, "median": 3, "p10": 1.4, "p90": 4.6}
+    assert statistics["characters"] == {"mean": 30, "median": 30, "p5": 12, "p10": 14, "p25": 20, "p75": 40, "p90": 46, "p95": 48}
+    assert statistics["tokens"] == {"mean": 3, "median": 3, "p5": 1.2, "p10": 1.4, "p25": 2, "p75": 4, "p90": 4.6, "p95": 4.8}
     assert statistics["ratio_to_reference"] == 3

@@ -15,7 +15,7 @@ from components.common.dataset import load_split
 from components.common.errors import DataError
 from components.evaluate.held_out import HeldOut, load_held_out
 from components.evaluate.leakage import question_digest
-from components.evaluate.sample import sample_indices
+from components.evaluate.sample import sample_indices, strata_of, stratified_indices
 
 
 def row(line: int, question: str, answer: str = "多喝水。", first: str = "") -> dict[str, Any]:
@@ -47,6 +47,34 @@ def test_a_sample_is_seeded_and_keeps_the_order() -> None:
     assert len(sample_indices(100, 10, 1)) == 10
     assert sample_indices(100, 10, 1) != sample_indices(100, 10, 2)
     assert sample_indices(5, 0, 1) == sample_indices(5, 5, 1) == sample_indices(5, 99, 1) == [0, 1, 2, 3, 4]
+
+
+def test_every_stratum_has_its_share_of_a_sample() -> None:
+    strata = ["heart"] * 60 + ["skin"] * 30 + ["eye"] * 10
+    chosen = stratified_indices(strata, 20, 1)
+    assert [[strata[row] for row in chosen].count(name) for name in ("heart", "skin", "eye")] == [12, 6, 2]
+    assert chosen == stratified_indices(strata, 20, 1) == sorted(set(chosen)) != stratified_indices(strata, 20, 2)
+    # 7 of 100: 4.2, 2.1 and 0.7 rows; the one that is left goes to the largest remainder.
+    chosen = stratified_indices(strata, 7, 1)
+    assert [[strata[row] for row in chosen].count(name) for name in ("heart", "skin", "eye")] == [4, 2, 1]
+    assert all(len(stratified_indices(strata, size, 3)) == size for size in range(1, 101))
+
+
+def test_without_topics_the_strata_are_language_and_length() -> None:
+    rows = [row(at, "q", "多" * at) for at in range(1, 7)] + [row(9, "q", "drink water")]
+    by, strata = strata_of(Dataset.from_list(rows))
+    assert by == "language and length"
+    assert strata == ["chinese, short"] * 2 + ["chinese, medium"] * 2 + ["chinese, long"] * 2 + ["english, short"]
+    topics = [one | {"topic": topic} for one, topic in zip(rows, ["心", "心", "皮", None, "皮", "心", "皮"], strict=True)]
+    assert strata_of(Dataset.from_list(topics)) == ("topic", ["心", "心", "皮", "–", "皮", "心", "皮"])
+
+
+def test_a_sample_by_topic_reaches_the_rows(tmp_path: Path, tokenizer: Any) -> None:
+    test = [row(line, f"问题{line}") | {"topic": "心" if line < 20 else "皮"} for line in range(10, 30)]
+    held_out = load(write_dataset(tmp_path / "data", test=test), tokenizer, sample_size=4)
+    assert held_out.stratified_by == "topic"
+    assert [one.stratum for one in held_out.rows] == ["心", "心", "皮", "皮"]
+    assert [one.line < 20 for one in held_out.rows] == [True, True, False, False]
 
 
 def test_d21_a_leaked_question_is_found_whatever_its_spelling(tmp_path: Path, tokenizer: Any) -> None:

@@ -24,7 +24,7 @@ from components.train.model import add_lora
 from components.train.rows import Example
 from tests.unit.train_support import assert_close, batch_of, encoded, gradients, plan_of, with_some_training
 
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "vocab_size": 2000,
     "hidden_size": 32,
     "intermediate_size": 64,
@@ -57,7 +57,7 @@ def test_d13_the_packed_loss_is_the_sum_of_the_rows_losses_and_so_are_its_gradie
     torch.manual_seed(1)
     library = with_some_training(add_lora(build(), plan_of()))
     library.get_base_model().set_attn_implementation("sdpa")
-    alone = sum(plain_answer_nll(library, batch_of([row])) for row in examples)
+    alone = torch.stack([plain_answer_nll(library, batch_of([row])) for row in examples]).sum()
     alone.backward()
     wanted = gradients(library)
     attend_row_by_row(library.get_base_model())

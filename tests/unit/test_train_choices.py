@@ -276,7 +276,6 @@ def test_a_cpu_takes_4bit_only_when_asked(qwen_7b: Path) -> None:
         ((100,) * 997 + (900,) * 3, 80, 128, "3 of 1000 rows are longer and dropped"),
         ((100,) * 90 + (9000,) * 10, 80, 4096, "the most on this device"),
         ((100,) * 90 + (9000,) * 10, 16, 2048, "10 of 100 rows"),
-        ((5000, 6000), 80, 5000, "the shortest row"),
     ],
 )
 def test_the_longest_row_follows_from_the_lengths_and_the_card(
@@ -290,7 +289,7 @@ def test_the_longest_row_follows_from_the_lengths_and_the_card(
 def test_a_max_length_that_leaves_no_row_is_a_mistake(qwen_7b: Path) -> None:
     with pytest.raises(DataError) as error:
         planned(seen_on(qwen_7b, 80, (100, 200)), max_length=64)
-    assert (error.value.where, error.value.fix) == ("--max_length", "set it to 100 or more, or to auto")
+    assert (error.value.where, error.value.fix) == ("--max_length", "set it to 100 or more, or shorten the rows")
 
 
 @pytest.mark.parametrize(
@@ -380,3 +379,9 @@ def test_the_original_flags_work() -> None:
     assert (settings.base_model, settings.adapter, settings.max_length, settings.batch_size) == ("m", Path("o"), 512, 2)
     assert (settings.epochs, settings.learning_rate, settings.load_in_4bit, settings.gradient_checkpointing) == (5, 3e-4, True, True)
     assert (settings.gradient_accumulation_steps, settings.warmup_steps, settings.asked_precision) == (8, 3, "fp16")
+
+
+def test_rows_that_are_all_longer_than_the_cap_are_refused_with_a_length_that_works(qwen_7b: Path) -> None:
+    with pytest.raises(DataError, match="every training row is longer than 4096 tokens") as error:
+        planned(seen_on(qwen_7b, 80, (5000, 6000)))
+    assert "5000" in error.value.fix
