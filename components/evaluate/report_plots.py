@@ -46,8 +46,8 @@ def distributions(results: dict[str, Any]) -> str:
 
 def lengths(results: dict[str, Any]) -> str:
     """A histogram of the lengths in characters, and a table of their statistics."""
-    series = {"reference 参考答案": [float(len(row["reference"])) for row in results["rows"]]}
-    series |= {" ".join(MODELS[name]): [float(len(row[name]["answer"])) for row in results["rows"]] for name in _models(results)}
+    series = {" ".join(MODELS[name]): [float(len(row[name]["answer"])) for row in results["rows"]] for name in _models(results)}
+    series["reference 参考答案"] = [float(len(row["reference"])) for row in results["rows"]]  # last: a model has one colour in all plots
     header = [Html(both(*names)) for names in (("answers", "答案"), ("unit", "单位"), ("mean", "均值"), ("median", "中位数"))]
     header += [Html(f"p{rank}") for rank in PERCENTILES] + [Html(both("ratio to reference, median", "与参考答案长度之比（中位数）"))]
     lines = []
