@@ -27,7 +27,14 @@ STORAGE_KEYS = {
 }
 
 
-SETTINGS = (PrepareSettings, TrainSettings, MergeSettings, EvaluateSettings, DeploySettings)  # what checks the parameters' values
+# What checks the values of the parameters that a step takes, before anything runs.
+SETTINGS = (
+    (prepare, PrepareSettings),
+    (train, TrainSettings),
+    (merge, MergeSettings),
+    (evaluate, EvaluateSettings),
+    (deploy, DeploySettings),
+)
 
 
 @dsl.pipeline(name="medical-qa", description="Fine-tune a medical question-answering model and put it into service")

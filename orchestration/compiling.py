@@ -80,7 +80,11 @@ def check_parameters(values: dict[str, Any], defaults: dict[str, Any], *, where:
             checked[name] = _as_type_of(value, defaults[name])
         except (ValueError, TypeError):
             raise UserError(f"{name} needs {_kind(defaults[name])}, not {value!r}", where=where) from None
-    problems = [problem.removeprefix("--") for settings in SETTINGS for problem in settings.problems(checked)]
+    problems = []
+    for component, settings in SETTINGS:
+        taken = component.component_spec.inputs or {}
+        found = settings.problems({name: value for name, value in checked.items() if name in taken})
+        problems += [problem.removeprefix("--") for problem in found]
     if problems:
         raise UserError(f"{len(set(problems))} parameter(s) can't be used", where=f"{where}: {'; '.join(dict.fromkeys(problems))}")
     return checked

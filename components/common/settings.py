@@ -84,7 +84,7 @@ class StepSettings(BaseSettings):
     def _with_values(cls, arguments: list[str]) -> list[str]:
         """A bare flag of a setting that is true, false or something else means true, like that of a plain yes-or-no setting."""
         choices = {f"--{name}" for name, field in cls.model_fields.items() if bool in get_args(field.annotation)}
-        followed = [*arguments[1:], "--"]
+        followed = [*arguments, "--"][1:]
         pairs = zip(arguments, followed, strict=True)
         return [part for flag, value in pairs for part in ((flag, "true") if flag in choices and value.startswith("--") else (flag,))]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from google.protobuf import json_format
@@ -108,6 +109,15 @@ def test_started_by_hand_nothing_is_written(tmp_path: Path) -> None:
 def test_environment_variables_decide_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COUNT", "99")
     assert ExampleSettings.parse("example", [])[0].count == 3
+
+
+def test_a_bare_flag_of_a_yes_no_or_auto_setting_means_yes() -> None:
+    class WithAuto(StepSettings):
+        recompute: bool | Literal["auto"] = "auto"
+        name: str = ""
+
+    for flags, wanted in (([], "auto"), (["--recompute"], True), (["--recompute", "--name", "n"], True), (["--recompute", "false"], False)):
+        assert WithAuto.parse("example", flags)[0].recompute == wanted, flags
 
 
 def test_uris_map_to_the_launchers_mounts() -> None:
