@@ -31,7 +31,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 PROJECT = Path(__file__).resolve().parents[1]
 CONTENDERS = ("ours", "trl", "trl_packing")
 BOUND, BOUND_PACKING = 1.5, 1.0
-LORA_R, LORA_ALPHA, LEARNING_RATE, EFFECTIVE_BATCH, MAX_LENGTH = 16, 32, 2e-4, 8, 1024
+LORA_R, LORA_ALPHA, LEARNING_RATE, EFFECTIVE_BATCH, MAX_LENGTH, QUICK_CHARACTERS = 16, 32, 2e-4, 8, 1024, 60
 
 
 def main() -> None:
@@ -97,7 +97,7 @@ def write_rows(arguments: argparse.Namespace, work: Path) -> None:
     chosen = random.Random(arguments.seed)
     wanted = arguments.rows + arguments.validation_rows
     if arguments.quick:
-        rows = chosen.sample(sorted(known, key=lambda row: len(row["question"] + row["answer"]))[:wanted], wanted)
+        rows = [row | {"answer": row["answer"][:QUICK_CHARACTERS]} for row in chosen.sample(known, wanted)]
     elif len(known) >= wanted:
         rows = chosen.sample(known, wanted)
     else:
@@ -294,12 +294,12 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3, help="how often each trainer runs; each round has a seed of its own")
     parser.add_argument("--batch_size", type=int, default=2, help="rows in a micro-batch of ours; the effective batch is 8 for all")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--quick", action="store_true", help="the 16 shortest shipped rows, one round: below three minutes")
+    parser.add_argument("--quick", action="store_true", help="8 short rows, one round: below three minutes on two quiet cores")
     parser.add_argument("--contender", choices=CONTENDERS, help=argparse.SUPPRESS)
     parser.add_argument("--work", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.quick:
-        arguments.rows, arguments.validation_rows, arguments.rounds = 16, 4, 1
+        arguments.rows, arguments.validation_rows, arguments.rounds = 8, 2, 1
     return arguments
 
 

@@ -144,7 +144,7 @@ def check_gate_holds(journey: Journey, first: dict[str, Any]) -> None:
     result, record = journey.run(learning_rate="10")
     assert result.returncode == 0, result.stdout[-6000:]
     assert record["state"] == "succeeded"
-    assert "learning_rate 0.005 → 10" in result.stdout, "the log says why train runs again"
+    assert "learning_rate 5e-3 → 10" in result.stdout, "the log says why train runs again"
     assert states(record)["prepare"] == "cached" and states(record)["train"] == "succeeded"
     assert outputs(record, "evaluate")["parameters"]["decision"] == "hold"
     assert states(record)["deploy"] == "skipped"
