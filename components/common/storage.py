@@ -17,6 +17,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from components.common.errors import ModelError, StorageError
 from components.common.files import CHUNK_BYTES, read_json, sha256_file, sha256_text, whole_folder, write_atomically, write_json
 from components.common.progress import progress
@@ -140,15 +142,21 @@ def fetch_model(model_uri: str, cache_dir: Path) -> tuple[Path, Manifest]:
         return source.local, verify(source.local)
     manifest = Manifest.from_json(json.loads(source.read(MANIFEST)), f"{model_uri}/{MANIFEST}")
     target = cache_dir / "models" / manifest.digest
-    if not (target / MANIFEST).exists():
-        partial = target.with_name(f"{manifest.digest}.partial")
-        partial.mkdir(parents=True, exist_ok=True)
-        with progress(f"download from {source.uri}, MiB", manifest.size_bytes >> 20) as meter, ThreadPoolExecutor(PARALLEL_FILES) as pool:
-            for size in pool.map(lambda name: source.download(name, partial / name, manifest.files[name]), manifest.files):
-                meter.advance(size >> 20)
-        write_json(partial / MANIFEST, manifest.to_json())
-        partial.replace(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(target.with_name(f"{manifest.digest}.lock")):  # the processes of a machine share the download
+        if not (target / MANIFEST).exists():
+            _download(source, manifest, target)
     return target, verify(target)
+
+
+def _download(source: Location, manifest: Manifest, target: Path) -> None:
+    partial = target.with_name(f"{manifest.digest}.partial")
+    partial.mkdir(parents=True, exist_ok=True)
+    with progress(f"download from {source.uri}, MiB", manifest.size_bytes >> 20) as meter, ThreadPoolExecutor(PARALLEL_FILES) as pool:
+        for size in pool.map(lambda name: source.download(name, partial / name, manifest.files[name]), manifest.files):
+            meter.advance(size >> 20)
+    write_json(partial / MANIFEST, manifest.to_json())
+    partial.replace(target)
 
 
 def download_file(uri: str, path: Path) -> None:
