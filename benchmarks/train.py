@@ -1,7 +1,7 @@
 """Training speed and memory of `components.train` against TRL's SFTTrainer: its defaults, and its own packing.
 
     pip install trl
-    python -m benchmarks.train --model package:smollm2-135m --data rows.jsonl --rows 500     (about an hour on two cores)
+    python -m benchmarks.train --model package:smollm2-135m --data rows.jsonl --rows 500     (hours on two cores)
     python -m benchmarks.train --quick
 
 Each trainer gets the same token ids of the same rows, the same effective batch, LoRA settings, learning-rate schedule and seed, and runs

@@ -82,7 +82,9 @@ class StepSettings(BaseSettings):
 
     @classmethod
     def _with_values(cls, arguments: list[str]) -> list[str]:
-        """A bare flag of a setting that is true, false or something else means true, like that of a plain yes-or-no setting."""
+        """Flags as they may be typed: `--show-row` is `--show_row`, and a bare flag of a setting that may be true means true."""
+        named = {name.replace("_", "-"): name for name in cls.model_fields}
+        arguments = [f"--{named[part[2:]]}" if part[:2] == "--" and part[2:] in named else part for part in arguments]
         choices = {f"--{name}" for name, field in cls.model_fields.items() if bool in get_args(field.annotation)}
         followed = [*arguments, "--"][1:]
         pairs = zip(arguments, followed, strict=True)

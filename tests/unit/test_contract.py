@@ -120,6 +120,15 @@ def test_a_bare_flag_of_a_yes_no_or_auto_setting_means_yes() -> None:
         assert WithAuto.parse("example", flags)[0].recompute == wanted, flags
 
 
+def test_a_flag_may_be_typed_with_dashes() -> None:
+    class WithTwoWords(StepSettings):
+        show_row: int = 0
+
+    assert WithTwoWords.parse("example", ["--show-row", "3"])[0].show_row == 3
+    with pytest.raises(SystemExit):
+        WithTwoWords.parse("example", ["--show-rows", "3"])
+
+
 def test_uris_map_to_the_launchers_mounts() -> None:
     assert local_path("s3://bucket/a/b") == Path("/s3/bucket/a/b")
     assert local_path("gs://bucket/a") == Path("/gcs/bucket/a")
