@@ -12,7 +12,7 @@ found the best correlation with people for most models (8 of 12 for bert-base-ch
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -21,6 +21,7 @@ from components.common.device import choose_compute
 from components.common.errors import ModelError
 
 MAX_TOKENS = 2048  # bounds the memory of an encoder with a long window
+STEP_TOKENS = {"cpu": 2048, "cuda": 16384}  # tokens, padding included, that go through the model at one time
 
 
 @dataclass
@@ -77,56 +78,97 @@ class Encoder:
     def scores(
         self, references: Sequence[str], answers: Sequence[str], *, batch_size: int, on_done: Callable[[int], None] | None = None
     ) -> list[float]:
-        """F1 of each answer against its reference; an empty answer scores 0.
+        """F1 of one model's answers; see `scores_of_models`."""
+        return self.scores_of_models(references, {"": answers}, batch_size=batch_size, on_done=on_done)[""]
+
+    def scores_of_models(
+        self,
+        references: Sequence[str],
+        answers: Mapping[str, Sequence[str]],
+        *,
+        batch_size: int,
+        on_done: Callable[[int], None] | None = None,
+    ) -> dict[str, list[float]]:
+        """F1 of each model's answers against the references that they share; an empty answer scores 0.
+
+        A reference is encoded once for all models, and an answer that several rows or models of a batch have once for all of them.
 
         Args:
+            answers: of each model, by its name: one for each reference.
+            batch_size: rows whose embeddings are held at one time.
             on_done: called with the number of pairs of each finished batch.
 
         Returns:
-            One value per pair, in the order given.
+            Of each model one value per row, in the order given.
         """
-        from bert_score.utils import greedy_cos_idf
-
-        result = [0.0] * len(references)
-        lengths = [max(self._count(reference), self._count(answer)) for reference, answer in zip(references, answers, strict=True)]
-        order = [pair for pair in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True) if answers[pair].strip()]
-        # One call per batch: the library sorts by words between blanks, of which Chinese has none, and keeps every embedding of a call.
+        result = {name: [0.0] * len(references) for name in answers}
+        pairs = {row: [name for name in answers if answers[name][row].strip()] for row in range(len(references))}
+        texts = [{references[row], *(answers[name][row] for name in names)} if names else set() for row, names in pairs.items()]
+        windows = self._windows(sorted(set().union(*texts)))
+        lengths = [max((sum(map(len, windows[text])) for text in own), default=0) for own in texts]
+        order = [row for row in sorted(pairs, key=lengths.__getitem__, reverse=True) if pairs[row]]
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
-            embedded = [self._embed([texts[pair] for pair in batch]) for texts in (references, answers)]
-            for pair, value in zip(batch, greedy_cos_idf(*embedded[0], *embedded[1])[2].tolist(), strict=True):
-                result[pair] = value
+            states = self._encode({text: windows[text] for row in batch for text in sorted(texts[row])})
+            for name in answers:
+                rows = [row for row in batch if name in pairs[row]]
+                both = [(references[row], answers[name][row]) for row in rows]
+                self.windowed_texts += sum(len(windows[text]) > 1 for pair in both for text in pair)
+                for row, value in zip(rows, self._f1(both, windows, states), strict=True):
+                    result[name][row] = value
             if on_done:
-                on_done(len(batch))
+                on_done(sum(len(pairs[row]) for row in batch))
         return result
 
-    def _embed(self, texts: Sequence[str]) -> tuple[Any, Any, Any]:
-        """Embeddings (texts, tokens, hidden), mask and weights (texts, tokens) of texts; special tokens have the weight 0."""
+    def _windows(self, texts: Sequence[str]) -> dict[str, list[list[int]]]:
+        """The token ids of each text, window by window; a window has the special tokens of a text."""
+        windows: dict[str, list[list[int]]] = {text: [] for text in texts}
+        if texts:
+            limits = {"truncation": True, "max_length": self.window_tokens, "return_overflowing_tokens": True}
+            encoded = self.tokenizer([text.strip() for text in texts], **limits)
+            for at, ids in zip(encoded["overflow_to_sample_mapping"], encoded["input_ids"], strict=True):
+                windows[texts[at]].append(ids)
+        return windows
+
+    def _encode(self, windows: Mapping[str, list[list[int]]]) -> dict[str, Any]:
+        """Embeddings (tokens, hidden) of each text, on the CPU. Windows of about one length go through the model together."""
         import torch
         from torch.nn.utils.rnn import pad_sequence
 
-        limits = {"truncation": True, "max_length": self.window_tokens, "return_overflowing_tokens": True}
-        encoded = self.tokenizer([text.strip() for text in texts], **limits)  # one entry per window
-        windows = list(zip(encoded["overflow_to_sample_mapping"], encoded["input_ids"], strict=True))
-        states: list[list[Any]] = [[] for _ in texts]
-        for start in range(0, len(windows), len(texts)):
-            chunk = windows[start : start + len(texts)]
-            padded = pad_sequence([torch.tensor(one) for _, one in chunk], batch_first=True, padding_value=self.tokenizer.pad_token_id)
-            present = pad_sequence([torch.ones(len(one), dtype=torch.long) for _, one in chunk], batch_first=True)
+        parts: dict[str, list[Any]] = {text: [None] * len(own) for text, own in windows.items()}
+        waiting = sorted(
+            ((text, place, ids) for text, own in windows.items() for place, ids in enumerate(own)), key=lambda one: len(one[2])
+        )
+        device = self.model.device
+        while waiting:
+            size = max(1, STEP_TOKENS.get(device.type, STEP_TOKENS["cpu"]) // len(waiting[-1][2]))
+            chunk, waiting = waiting[-size:], waiting[:-size]
+            tokens = [torch.tensor(ids) for _, _, ids in chunk]
+            padded = pad_sequence(tokens, batch_first=True, padding_value=self.tokenizer.pad_token_id)
+            present = pad_sequence([torch.ones_like(one) for one in tokens], batch_first=True)
             with torch.inference_mode():
-                output = self.model(padded.to(self.model.device), attention_mask=present.to(self.model.device))[0]
-            for (at, one), hidden in zip(chunk, output, strict=True):
-                states[at].append(hidden[: len(one)].cpu())
-        tokens = [torch.tensor([token for at, one in windows if at == index for token in one]) for index in range(len(texts))]
-        ignored = torch.tensor(self.tokenizer.all_special_ids)
-        weights = pad_sequence([(~torch.isin(one, ignored)).float() for one in tokens], batch_first=True)
-        mask = pad_sequence([torch.ones(len(one), dtype=torch.long) for one in tokens], batch_first=True)
-        return pad_sequence([torch.cat(one) for one in states], batch_first=True, padding_value=2.0), mask, weights
+                output = self.model(padded.to(device), attention_mask=present.to(device))[0].cpu()
+            for (text, place, ids), hidden in zip(chunk, output, strict=True):
+                parts[text][place] = hidden[: len(ids)]
+        return {text: torch.cat(own) for text, own in parts.items()}
 
-    def _count(self, text: str) -> int:
-        tokens = len(self.tokenizer(text, truncation=False, verbose=False).input_ids)
-        self.windowed_texts += tokens > self.window_tokens
-        return tokens
+    def _f1(self, pairs: Sequence[tuple[str, str]], windows: Mapping[str, list[list[int]]], states: Mapping[str, Any]) -> list[float]:
+        """F1 of pairs of texts whose embeddings are there; special tokens have no weight."""
+        import torch
+        from bert_score.utils import greedy_cos_idf
+        from torch.nn.utils.rnn import pad_sequence
+
+        if not pairs:
+            return []
+        ignored = torch.tensor(self.tokenizer.all_special_ids)
+        inputs = []
+        for texts in zip(*pairs, strict=True):
+            tokens = [torch.tensor([token for window in windows[text] for token in window]) for text in texts]
+            weights = pad_sequence([(~torch.isin(one, ignored)).float() for one in tokens], batch_first=True)
+            mask = pad_sequence([torch.ones_like(one) for one in tokens], batch_first=True)
+            inputs += [pad_sequence([states[text] for text in texts], batch_first=True, padding_value=2.0), mask, weights]
+        values: list[float] = greedy_cos_idf(*inputs)[2].tolist()
+        return values
 
 
 def check_encoder(folder: Path) -> None:

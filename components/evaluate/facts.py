@@ -33,7 +33,7 @@ from typing import Literal, NamedTuple
 
 from components.evaluate.facts_lexicon import FIRST_ENTITY, LAST_ENTITY, character_of
 from components.evaluate.facts_quantities import Quantity
-from components.evaluate.facts_read import Context, Fact, Reading, read
+from components.evaluate.facts_read import Clause, Context, Fact, Reading, read
 from components.evaluate.facts_statements import NEGATIVE, OPPOSED
 
 Verdict = Literal["agree", "missing", "extra", "contradicted"]
@@ -155,11 +155,14 @@ def _compare(
     equal_own: list[tuple[float, int]] = [(-1.0, -1)] * len(own)  # how alike the contexts are, and which fact of the other text
     equal_other = [(-1.0, -1)] * len(other)
     opposed: list[tuple[float, int, int]] = []
+    statements = any(fact.kind in STATEMENTS for fact in own)
     for i, fact in enumerate(own):
         for j, twin in enumerate(other):
             if fact.about and twin.about and fact.about != twin.about:
                 continue
             alike = _alike(fact.context, twin.context)
+            if statements and alike < STATEMENT_AGREES_FROM:
+                continue  # most pairs end here
             if _equal(fact, twin, alike):
                 equal_own[i] = max(equal_own[i], (alike, j))
                 equal_other[j] = max(equal_other[j], (alike, i))
@@ -200,10 +203,14 @@ def _dropped_negations(own: Reading, other: Reading) -> dict[int, str]:
     不要自行停药 and 自行停药: the second has no statement that could be compared.
     """
     dropped: dict[int, str] = {}
-    for number, clause in enumerate(own.clauses):
-        if NEGATIVE.isdisjoint(clause.stances):
-            continue
-        twins = [twin for twin in other.clauses if twin.context ^ clause.context <= _LEFT_OVER]
+    negative = [(number, clause) for number, clause in enumerate(own.clauses) if not NEGATIVE.isdisjoint(clause.stances)]
+    if not negative:
+        return dropped
+    alike: dict[Context, list[Clause]] = {}  # clauses whose contexts differ in nothing but what is left over
+    for twin in other.clauses:
+        alike.setdefault(_without_left_over(twin.context), []).append(twin)
+    for number, clause in negative:
+        twins = alike.get(_without_left_over(clause.context), [])
         if any(twin.stances == clause.stances for twin in twins):
             continue
         for stance in (stance for stance in clause.stances if stance in NEGATIVE):
@@ -213,6 +220,10 @@ def _dropped_negations(own: Reading, other: Reading) -> dict[int, str]:
             if plain and not any(one[1:] == plain[0][1:] for one in own.clauses):
                 dropped[number] = other.shown(plain[0].marked)
     return dropped
+
+
+def _without_left_over(context: Context) -> Context:
+    return context if context.isdisjoint(_LEFT_OVER) else context - _LEFT_OVER
 
 
 def _alike(one: Context, other: Context) -> float:

@@ -9,10 +9,11 @@ A month is 30 days and a year 365.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 from components.evaluate.facts_marks import Marks
-from components.evaluate.facts_numbers import NUMBER, TO, number
+from components.evaluate.facts_numbers import FIRST_OF_NUMBER, NUMBER, TO, number
 
 Bound = Literal["", "above", "below"]
 Role = Literal["", "dose", "day"]
@@ -141,6 +142,7 @@ _QUANTITY = re.compile(
     r"(?:\s?(?:(?P<above>及其?以上|或以上|以上|or more|or older|or over|or higher|or above)"
     r"|(?P<below>及以下|或以下|以下|以内|之内|or less|or younger|or below|or under)))?"
 )
+_FIRST = re.compile(rf"[{FIRST_OF_NUMBER}]")  # a search for plain letters is several times as fast
 _BOUND_BEFORE = re.compile(rf"(?:(?P<above>{_ABOVE})|(?P<below>{_BELOW}))\s?$")
 _ROLE_BEFORE = re.compile(
     r".*(?:(?P<dose>每次|一次|单次|每顿|每餐|each time|per dose|single dose)|(?P<day>每日|每天|一日|一天|日剂量|全天|24小时|每晚|per day|daily))"
@@ -168,7 +170,7 @@ def mark_quantities(text: str, marks: Marks) -> str:
     if "百分之" in text:
         text = _PERCENT.sub(lambda match: f"{number(match[1])[0]:g}%", text)
     pieces, end = [], 0
-    for match in _QUANTITY.finditer(text):
+    for match in _quantities(text):
         start = match.start()
         before = _BOUND_BEFORE.search(text, max(end, start - 14), start)
         quantity = _quantity(match, before)
@@ -177,6 +179,14 @@ def mark_quantities(text: str, marks: Marks) -> str:
         pieces += [text[end : before.start() if before else start], marks.add((quantity, quantity.text))]
         end = match.end()
     return "".join(pieces) + text[end:]
+
+
+def _quantities(text: str) -> Iterator[re.Match[str]]:
+    end = 0
+    for first in _FIRST.finditer(text):
+        if first.start() >= end and (match := _QUANTITY.match(text, first.start())):
+            end = match.end()
+            yield match
 
 
 def _quantity(match: re.Match[str], before: re.Match[str] | None) -> Quantity | None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 from components.evaluate.facts_frequency import mark_frequencies
@@ -82,11 +82,13 @@ _LIGHT = frozenset("的了是在和与或及者人患等也就都而以其所被
     "he", "she", "hi", "her", "patien", "people", "person",
 }  # fmt: skip
 _STOP = "、"  # takes the place of a statement or quantity, and keeps two statements apart
+_FIRST_CHINESE = "\u3001"  # 、 and all that follows it; Latin words come before
 _WEIGHTLESS = _LIGHT | {_STOP}
 _BLANKS = re.compile(r"[^\S\n]+")
-_BESIDE_CHINESE = re.compile(r"(?<=[^\x00-\x7f]) | (?=[^\x00-\x7f])")
+# A pattern that begins with a plain letter is searched several times as fast: the look behind comes second.
+_BESIDE_CHINESE = re.compile(r" (?:(?<=[^\x00-\x7f] )|(?=[^\x00-\x7f]))")
 _ITEM_NUMBER = re.compile("[①-⑳⑴-⒇⒈-⒛㈠-㈩]")
-_THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
+_THOUSANDS = re.compile(r",(?<=\d,)(?=\d{3}(?!\d))")
 _ABBREVIATION = re.compile(r"(?<![a-z])([bqt])\.(?:(i)\.)?d\.")
 
 
@@ -100,13 +102,14 @@ def normalise(text: str) -> str:
     return _ABBREVIATION.sub(r"\1\2d", text) if ".d." in text else text
 
 
+@lru_cache(maxsize=8)  # the answers of several models share a reference
 def read(text: str) -> Reading:
-    """The facts and clauses of a text."""
+    """The facts and clauses of a text; treat them as read-only."""
     marks, chinese = Marks(), is_chinese(text)
     shown = partial(_shown, marks=marks, chinese=chinese)
     text = mark_frequencies(mark_entities(normalise(text)), marks)
     text = mark_statements(mark_quantities(text, marks), marks)
-    halves = [_half(clause, marks) for clause in _CLAUSE_END.split(text) if _TOKEN.search(clause)]
+    halves = [_half(clause, tokens, marks) for clause in _CLAUSE_END.split(text) if (tokens := _TOKEN.findall(clause))]
     clauses = [_clause(halves, number) for number in range(len(halves))]
     return Reading(_facts(halves, clauses, shown, chinese), clauses, shown)
 
@@ -141,23 +144,25 @@ class _Half(NamedTuple):
     things: list[tuple[int, Quantity | Direction, str]]
 
 
-def _half(clause: str, marks: Marks) -> _Half:
+def _half(clause: str, tokens: list[str], marks: Marks) -> _Half:
     known = lexicon().entities
-    tokens = [token.rstrip("s")[:6] for token in _TOKEN.findall(clause)]  # a stem, good enough to compare
-    entities = [(place, known[token], token) for place, token in enumerate(tokens) if token in known]
+    entities: list[tuple[int, Entity, str]] = []
     things: list[tuple[int, Quantity | Direction, str]] = []
     stances: list[tuple[int, Stance]] = []
     for place, token in enumerate(tokens):
-        if token < FIRST_MARK:
+        if _FIRST_CHINESE <= token < FIRST_ENTITY:
             continue
-        thing, words = marks[token]
-        tokens[place] = _STOP
-        if isinstance(thing, Statement):
-            stances.append((place, thing.stance))
-            continue
-        things.append((place, thing, words))
-        if isinstance(thing, Direction):
-            tokens[place] = thing.token
+        if token < _FIRST_CHINESE:
+            tokens[place] = token.rstrip("s")[:6]  # a stem, good enough to compare
+        elif token >= FIRST_MARK:
+            thing, words = marks[token]
+            tokens[place] = thing.token if isinstance(thing, Direction) else _STOP
+            if isinstance(thing, Statement):
+                stances.append((place, thing.stance))
+            else:
+                things.append((place, thing, words))
+        elif token in known:
+            entities.append((place, known[token], token))
     return _Half(clause, _content(tokens), _said(tokens, stances) if stances else [], entities, things)
 
 

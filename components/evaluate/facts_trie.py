@@ -15,8 +15,10 @@ class Words:
 
     def __init__(self, words: Iterable[str]) -> None:
         self._words = set(words)
-        self._latin = re.compile(_trie((word for word in self._words if word[0].isascii()), r"(?<![a-z\d].)"))
-        self._chinese = re.compile(_trie(word for word in self._words if not word[0].isascii()))
+        latin = [word for word in self._words if word[0].isascii()]
+        chinese = [word for word in self._words if not word[0].isascii()]
+        # Latin first: 2型糖尿病 and HPV疫苗 begin with a digit or a Latin letter, and have a Chinese word in them.
+        self._patterns = [re.compile(pattern) for pattern in (_trie(latin, r"(?<![a-z\d].)"), _trie(chinese)) if pattern]
 
     def replace(self, text: str, by: Callable[[str], str]) -> str:
         """A text in which `by` of each word found takes its place."""
@@ -24,8 +26,9 @@ class Words:
         def plural(match: re.Match[str]) -> str:
             return by(match[0] if match[0] in self._words else match[0][:-1])
 
-        # Latin first: 2型糖尿病 and HPV疫苗 begin with a digit or a Latin letter, and have a Chinese word in them.
-        return self._chinese.sub(plural, self._latin.sub(plural, text))
+        for pattern in self._patterns:
+            text = pattern.sub(plural, text)
+        return text
 
 
 def _trie(words: Iterable[str], after_first: str = "") -> str:
@@ -39,7 +42,7 @@ def _trie(words: Iterable[str], after_first: str = "") -> str:
         for letter in word:
             node = node.setdefault(letter, {})
         node[""] = {}
-    return "|".join(re.escape(letter) + after_first + _alternatives(child, letter) for letter, child in root.items()) or "(?!)"
+    return "|".join(re.escape(letter) + after_first + _alternatives(child, letter) for letter, child in root.items())
 
 
 def _alternatives(node: dict[str, Any], last: str) -> str:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
 import sacrebleu
 from hypothesis import given
 from hypothesis import strategies as st
+from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
+from sacrebleu.tokenizers.tokenizer_re import TokenizerRegexp
 from sacrebleu.tokenizers.tokenizer_zh import TokenizerZh
 
 from components.evaluate.lengths import length_statistics
-from components.evaluate.overlap import Overlap
+from components.evaluate.overlap import CHINESE_RUN, Overlap
+from components.evaluate.rouge import is_chinese
 
 CHINESE = "高血压患者每天吃盐应少于5克，血压控制在140/90mmHg以下。"
+MIXED = "高血压不能吃药5.0mg/ -ABC。，\n\u2003\u3000①é🙂𠀀&lt;\x1c"
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +54,28 @@ def test_it_equals_sacrebleu(overlap: Overlap, reference: str, answer: str, toke
     scores = overlap.score(reference, answer)
     assert scores["bleu"] == pytest.approx(sacrebleu.sentence_bleu(answer, [reference], tokenize=tokenizer).score)
     assert scores["chrf"] == pytest.approx(sacrebleu.sentence_chrf(answer, [reference]).score)
+
+
+@given(st.text(st.sampled_from(MIXED), max_size=60), st.text(st.sampled_from(MIXED), max_size=60))
+def test_any_text_equals_sacrebleu(reference: str, answer: str) -> None:
+    for one, tokenizer in ((reference, "zh" if is_chinese(reference) else "13a"), ("药" + reference, "zh")):
+        scores = Overlap().score(one, answer)
+        expected = min(100, sacrebleu.sentence_bleu(answer, [one], tokenize=tokenizer).score)
+        assert scores["bleu"] == pytest.approx(expected, abs=1e-9)
+        assert scores["chrf"] == pytest.approx(sacrebleu.sentence_chrf(answer, [one]).score, abs=1e-9)
+
+
+def test_the_shipped_rows_equal_sacrebleu(overlap: Overlap, tiny_rows: list[dict[str, str]]) -> None:
+    for row, other in itertools.pairwise(tiny_rows):
+        scores = overlap.score(row["answer"], other["answer"])
+        bleu = sacrebleu.sentence_bleu(other["answer"], [row["answer"]], tokenize="zh").score
+        assert scores["bleu"] == pytest.approx(bleu, abs=1e-9)
+        assert scores["chrf"] == pytest.approx(sacrebleu.sentence_chrf(other["answer"], [row["answer"]]).score, abs=1e-9)
+
+
+def test_the_same_characters_are_chinese_as_in_sacrebleu() -> None:
+    ours = {code for code in range(0x110000) if CHINESE_RUN.match(chr(code))}
+    assert ours == {code for code in range(0x110000) if TokenizerZh._is_chinese_char(chr(code))}
 
 
 def test_d11_the_usual_tokenizer_would_score_chinese_0(overlap: Overlap) -> None:
@@ -87,8 +114,11 @@ def test_an_empty_answer_scores_0(overlap: Overlap) -> None:
 
 
 def test_texts_are_not_kept(overlap: Overlap) -> None:
-    overlap.score(CHINESE, CHINESE)
-    assert TokenizerZh.__call__.cache_info().currsize == 0
+    for tokenizer in (tokenizers := (Tokenizer13a, TokenizerRegexp, TokenizerZh)):
+        tokenizer.__call__.cache_clear()
+    for text in (CHINESE, "Drink water."):
+        overlap.score(text, text)
+    assert all(tokenizer.__call__.cache_info().currsize == 0 for tokenizer in tokenizers)
 
 
 def test_length_statistics_are_hand_computed() -> None:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
+import time
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 
-from components.evaluate.rouge import ChineseTokenizer, Cut, Rouge
+from components.evaluate.rouge import ChineseTokenizer, Cut, Rouge, characters
 
 ENGLISH = (
     ("High blood pressure usually has no symptoms.", "Most people with high blood pressure have no symptoms at all."),
     ("Take 2.5 mg twice daily, not more than 5 mg/day.", "Take 2.5mg two times a day."),
     ("Call 911 at once.", "Drink water."),
 )
+NAMES = {"rouge_1": "rouge1", "rouge_2": "rouge2", "rouge_l": "rougeL"}
+MIXED = "高血压不能吃药5.0mg/ ABC。，\n①é🙂"
 
 
 @pytest.mark.parametrize("cut", ["characters", "jieba"])
@@ -47,22 +52,48 @@ def test_d11_hand_computed_with_numbers_and_words() -> None:
     assert Rouge().score("服5mg", "服50mg")["rouge_1"] == pytest.approx(50)
 
 
+def _library(reference: str, answer: str, tokenizer: ChineseTokenizer | None = None) -> dict[str, float]:
+    """rouge-score's own counting, n-gram by n-gram and with a table of subsequences: the plain twin of ours."""
+    scores = RougeScorer(["rouge1", "rouge2", "rougeL"], tokenizer=tokenizer).score(reference, answer)
+    return {name: 100 * scores[library_name].fmeasure for name, library_name in NAMES.items()}
+
+
 @pytest.mark.parametrize(("reference", "answer"), ENGLISH)
 def test_english_equals_the_library(reference: str, answer: str) -> None:
-    library = RougeScorer(["rouge1", "rouge2", "rougeL"]).score(reference, answer)
-    ours = Rouge().score(reference, answer)
-    assert ours == pytest.approx(
-        {"rouge_1": 100 * library["rouge1"][2], "rouge_2": 100 * library["rouge2"][2], "rouge_l": 100 * library["rougeL"][2]}
-    )
+    assert Rouge().score(reference, answer) == pytest.approx(_library(reference, answer), abs=1e-9)
 
 
 @given(st.text(st.characters(max_codepoint=0x24F)), st.text(st.characters(max_codepoint=0x24F)))
 def test_any_latin_text_equals_the_library(reference: str, answer: str) -> None:
-    library = RougeScorer(["rougeL"]).score(reference, answer)["rougeL"].fmeasure
-    assert Rouge().score(reference, answer)["rouge_l"] == pytest.approx(100 * library)
+    assert Rouge().score(reference, answer) == pytest.approx(_library(reference, answer), abs=1e-9)
 
 
-@given(st.text(st.sampled_from("高血压不能吃药5.0mg/ ABC。，\n①é🙂"), max_size=40))
+@given(st.text(st.sampled_from(MIXED), max_size=60), st.text(st.sampled_from(MIXED), max_size=60))
+def test_any_chinese_text_equals_the_library_with_our_tokenizer(reference: str, answer: str) -> None:
+    expected = _library("药" + reference, answer, ChineseTokenizer())
+    assert Rouge().score("药" + reference, answer) == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize("cut", ["characters", "jieba"])
+def test_the_shipped_rows_equal_the_library(cut: Cut, tiny_rows: list[dict[str, str]]) -> None:
+    for row, other in itertools.pairwise(tiny_rows):
+        library = _library(row["answer"], other["answer"], ChineseTokenizer(cut))
+        assert Rouge(cut).score(row["answer"], other["answer"]) == pytest.approx(library, abs=1e-9)
+
+
+def test_a_long_answer_takes_no_time() -> None:
+    """The library's table of 20,000 × 20,000 subsequences would take minutes, and gigabytes."""
+    began = time.process_time()
+    scores = Rouge().score("血压高要少吃盐" * 3000, "血压高不能吃盐" * 3000)
+    assert scores["rouge_l"] == pytest.approx(100 * 5 / 7, abs=0.1)
+    assert time.process_time() - began < 5
+
+
+def test_few_texts_are_kept() -> None:
+    assert characters.cache_info().maxsize == 32
+
+
+@given(st.text(st.sampled_from(MIXED), max_size=40))
 def test_scores_stay_in_range_and_equal_texts_agree(text: str) -> None:
     scores = Rouge().score(text, text)
     assert all(0 <= value <= 100 for value in scores.values())
