@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -64,3 +65,15 @@ def save_adapter(folder: Path, model: Any, tokenizer: Any, base: Path, quantizat
         "settings": {"quantization": "auto"},
     }
     write_json(folder / "train_info.json", info)
+
+
+def flags_for(folder: Path, adapter: Path) -> list[str]:
+    """The flags of a merge whose outputs lie in a folder."""
+    outputs = {"--merge_info": "merge_info.json", "--report": "report.html", "--metrics": "metrics.json"}
+    return ["--adapter", str(adapter), *(part for flag, name in outputs.items() for part in (flag, str(folder / name)))]
+
+
+def record_of(folder: Path) -> dict[str, Any]:
+    """The record of a merge with `flags_for`."""
+    record: dict[str, Any] = json.loads((folder / "merge_info.json").read_text(encoding="utf-8"))
+    return record
