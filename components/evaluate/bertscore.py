@@ -75,12 +75,6 @@ class Encoder:
         model.register_forward_hook(lambda module, inputs, output: (output[0].float(),))  # cosines in bf16 are off by 0.01
         return cls(model.to(compute.device).eval(), tokenizer, layers, window)
 
-    def scores(
-        self, references: Sequence[str], answers: Sequence[str], *, batch_size: int, on_done: Callable[[int], None] | None = None
-    ) -> list[float]:
-        """F1 of one model's answers; see `scores_of_models`."""
-        return self.scores_of_models(references, {"": answers}, batch_size=batch_size, on_done=on_done)[""]
-
     def scores_of_models(
         self,
         references: Sequence[str],

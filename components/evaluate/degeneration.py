@@ -47,7 +47,7 @@ def copies_question(question: str, answer: str) -> bool:
     if not grams:
         return bool(answer.strip()) and characters(answer) == characters(question)
     known = set(_4grams(question))
-    return sum(gram in known for gram in grams) >= COPY_FROM * len(grams)
+    return sum(map(known.__contains__, grams)) >= COPY_FROM * len(grams)
 
 
 def chinese_share(text: str) -> float | None:

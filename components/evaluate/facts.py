@@ -158,11 +158,11 @@ def _compare(
     statements = any(fact.kind in STATEMENTS for fact in own)
     for i, fact in enumerate(own):
         for j, twin in enumerate(other):
-            if fact.about and twin.about and fact.about != twin.about:
-                continue
             alike = _alike(fact.context, twin.context)
             if statements and alike < STATEMENT_AGREES_FROM:
                 continue  # most pairs end here
+            if fact.about and twin.about and fact.about != twin.about:
+                continue
             if _equal(fact, twin, alike):
                 equal_own[i] = max(equal_own[i], (alike, j))
                 equal_other[j] = max(equal_other[j], (alike, i))

@@ -10,12 +10,15 @@ _WORDS = {
     "once": 1.0, "twice": 2.0, "thrice": 3.0,
 }  # fmt: skip
 
-# Group-free patterns of a number, and of what joins the two ends of a range; the letters that begin a number. Possessive: a thousand digits take linear time.
+_HAN_NUMERALS = "".join([*_DIGITS, *_TENS])
+
+# Group-free patterns of a number, and of what joins the two ends of a range. Possessive: a thousand digits take linear time.
 NUMBER = (
-    r"(?:(?<!\d)\d++(?:\.\d++)?(?:[/⁄]\d++)?|[零〇一二两三四五六七八九十百千]++|半"
+    rf"(?:(?<!\d)\d++(?:\.\d++)?(?:[/⁄]\d++)?|[{_HAN_NUMERALS}]++|半"
     r"|(?<![a-z])(?:half an?|half|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|fifteen|twenty|thirty)(?![a-z]))"
 )
-FIRST_OF_NUMBER = r"\d零〇一二两三四五六七八九十百千半" + "".join(sorted({word[0] for word in _WORDS}))
+# The characters with which a number can begin, for a character class.
+FIRST_OF_NUMBER = rf"\d{_HAN_NUMERALS}半" + "".join(sorted({word[0] for word in _WORDS}))
 TO = r"\s?(?:--?|~|–|—|―|至|到|或|to|or)\s?"
 
 

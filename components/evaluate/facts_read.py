@@ -9,7 +9,6 @@ around it: its clause, or for a permission the part of the clause that it govern
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import NamedTuple
@@ -19,7 +18,7 @@ from components.evaluate.facts_lexicon import FIRST_ENTITY, LAST_ENTITY, PRIVATE
 from components.evaluate.facts_marks import FIRST_MARK, MARKS, Marks
 from components.evaluate.facts_quantities import Quantity, mark_quantities
 from components.evaluate.facts_statements import Direction, Stance, Statement, mark_statements, together
-from components.evaluate.rouge import HAN, is_chinese
+from components.evaluate.rouge import HAN, is_chinese, nfkc
 
 Context = frozenset[str]
 
@@ -96,7 +95,7 @@ def normalise(text: str) -> str:
     """One spelling for full and half width, case, blanks, µ and ℃; private-use characters, which marks need, are dropped."""
     text = _THOUSANDS.sub("", _BLANKS.sub(" ", text)).replace("\n ", "\n")
     if not text.isascii():
-        text = unicodedata.normalize("NFKC", _ITEM_NUMBER.sub("\n", _MARK.sub("", text))).replace("’", "'")
+        text = nfkc(_ITEM_NUMBER.sub("\n", _MARK.sub("", text))).replace("’", "'")
         text = _BESIDE_CHINESE.sub("", _BLANKS.sub(" ", text))
     text = text.lower()
     return _ABBREVIATION.sub(r"\1\2d", text) if ".d." in text else text
@@ -172,6 +171,9 @@ def _content(tokens: list[str]) -> Context:
 
 def _said(tokens: list[str], stances: list[tuple[int, Stance]]) -> list[_Said]:
     """The statements of a clause; two with nothing between them are one."""
+    if len(stances) == 1:
+        ((place, stance),) = stances
+        return [_Said(stance, _content(tokens[:place]), _content(tokens[place + 1 :]))]
     runs: list[tuple[Stance | None, int, int]] = []  # with the places of the first and the last word
     for place, stance in stances:
         if runs and _LIGHT.issuperset(tokens[runs[-1][2] + 1 : place]):

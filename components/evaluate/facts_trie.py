@@ -6,6 +6,8 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
+NOTHING = "(?!)"
+
 
 class Words:
     """A list of words, normalised and in lower case, in Chinese and English.
@@ -16,9 +18,13 @@ class Words:
     def __init__(self, words: Iterable[str]) -> None:
         self._words = set(words)
         latin = [word for word in self._words if word[0].isascii()]
-        chinese = [word for word in self._words if not word[0].isascii()]
-        # Latin first: 2型糖尿病 and HPV疫苗 begin with a digit or a Latin letter, and have a Chinese word in them.
-        self._patterns = [re.compile(pattern) for pattern in (_trie(latin, r"(?<![a-z\d].)"), _trie(chinese)) if pattern]
+        chinese: dict[str, list[str]] = {}
+        for word in self._words.difference(latin):
+            chinese.setdefault(word[0], []).append(word)
+        self._latin = re.compile(_trie(latin, r"(?<![a-z\d].)") or NOTHING)
+        # One pattern for each of hundreds of first letters: a single one would try them all at every place.
+        self._first = re.compile(f"[{''.join(map(re.escape, chinese))}]") if chinese else None
+        self._chinese = {first: re.compile(_trie(own)) for first, own in chinese.items()}
 
     def replace(self, text: str, by: Callable[[str], str]) -> str:
         """A text in which `by` of each word found takes its place."""
@@ -26,9 +32,17 @@ class Words:
         def plural(match: re.Match[str]) -> str:
             return by(match[0] if match[0] in self._words else match[0][:-1])
 
-        for pattern in self._patterns:
-            text = pattern.sub(plural, text)
-        return text
+        # Latin first: 2型糖尿病 and HPV疫苗 begin with a digit or a Latin letter, and have a Chinese word in them.
+        text = self._latin.sub(plural, text)
+        if self._first is None:
+            return text
+        pieces, end = [], 0
+        for first in self._first.finditer(text):
+            start = first.start()
+            if start >= end and (match := self._chinese[first[0]].match(text, start)):
+                pieces += [text[end:start], plural(match)]
+                end = match.end()
+        return "".join(pieces) + text[end:]
 
 
 def _trie(words: Iterable[str], after_first: str = "") -> str:

@@ -16,14 +16,13 @@ blanks and punctuation do not count; signs such as < and ≥ do.
 from __future__ import annotations
 
 import re
-import unicodedata
 
 from sacrebleu.metrics import BLEU
 from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 from sacrebleu.tokenizers.tokenizer_re import TokenizerRegexp
 
 from components.evaluate.ngrams import shared_ngrams
-from components.evaluate.rouge import characters, is_chinese
+from components.evaluate.rouge import characters, is_chinese, nfkc
 
 BLEU_ORDERS = 4
 CHRF_ORDERS = 6
@@ -61,7 +60,7 @@ class Overlap:
         return tokens
 
     def _cut_chinese(self, text: str) -> list[str]:
-        """What sacrebleu's `zh` does, in a fifth of the time: its patterns see one sign for a run of Chinese, not blanks around each character."""
+        """What sacrebleu's `zh` does, many times as fast: its patterns see one sign for a run of Chinese, not blanks around each character."""
         text = "\n".join(text.split())
         runs = iter(CHINESE_RUN.findall(text))
         tokens: list[str] = []
@@ -99,4 +98,4 @@ def _is_match(reference: str, answer: str) -> bool:
 
 
 def _signs(text: str) -> list[str]:
-    return _SIGNS.findall(unicodedata.normalize("NFKC", text))
+    return _SIGNS.findall(nfkc(text))

@@ -85,7 +85,7 @@ def evaluate(settings: EvaluateSettings, inputs: Inputs) -> dict[str, Any]:
     tuned, base = _run_models(settings, inputs)
     timings: dict[str, Any] = {name: one.answers.timings for name, one in (("tuned", tuned), ("base", base)) if one}
     before = time.monotonic()
-    bertscore = _bertscore(inputs, [one for one in (tuned, base) if one], settings.batch_size)
+    bertscore = _bertscore(inputs, {"tuned": tuned} | ({"base": base} if base else {}), settings.batch_size)
     timings["bertscore_s"] = round(time.monotonic() - before, 2)
 
     how: dict[str, Any] = {"confidence": settings.confidence, "seed": settings.seed}
@@ -150,7 +150,7 @@ def _encoder(setting: str, tuned: Path, base: Path | None) -> tuple[str, Path] |
     return ("base model", base) if base else ("tuned model", tuned)
 
 
-def _bertscore(inputs: Inputs, scored: list[Scored], batch_size: int) -> dict[str, Any] | None:
+def _bertscore(inputs: Inputs, scored: dict[str, Scored], batch_size: int) -> dict[str, Any] | None:
     if inputs.encoder is None:
         print("BERTScore: skipped, as asked", flush=True)
         return None

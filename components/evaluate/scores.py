@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,15 +67,15 @@ def score_answers(rows: Sequence[HeldOutRow], answers: Answers, rouge: Rouge, ov
     return Scored(answers, scores, findings)
 
 
-def add_bertscore(encoder: Any, rows: Sequence[HeldOutRow], scored: Sequence[Scored], batch_size: int) -> None:
-    """Add `bertscore` to the scores of one or two models' answers."""
+def add_bertscore(encoder: Any, rows: Sequence[HeldOutRow], scored: Mapping[str, Scored], batch_size: int) -> None:
+    """Add `bertscore` to the scores of one or two models' answers, which share the references."""
+    answers = {name: one.answers.texts for name, one in scored.items()}
     with progress("BERTScore", len(rows) * len(scored)) as meter:
-        for one in scored:
-            texts = one.answers.texts
-            values = encoder.scores([row.reference for row in rows], texts, batch_size=batch_size, on_done=meter.advance)
-            meter.advance(len(rows) - sum(bool(text) for text in texts))  # empty answers need no work
-            for row_scores, value in zip(one.scores, values, strict=True):
-                row_scores["bertscore"] = value
+        values = encoder.scores_of_models([row.reference for row in rows], answers, batch_size=batch_size, on_done=meter.advance)
+        meter.advance(sum(not text for texts in answers.values() for text in texts))  # empty answers need no work
+    for name, one in scored.items():
+        for row_scores, value in zip(one.scores, values[name], strict=True):
+            row_scores["bertscore"] = value
 
 
 def compare(
